@@ -1,0 +1,1 @@
+"""Arrays and files: volumes, labels, image synthesis, metrics. No ray, no networks."""

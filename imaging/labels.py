@@ -1,0 +1,128 @@
+"""Intensities to labels: bins inside each structure and outside, air by itself.
+
+A conformed scan is kept as 256 intensity levels and a class for every voxel. A rule for bins is then a table from
+(class, number of bins, level) to bin, so that every sample can draw its own number of bins at no cost.
+"""
+
+from dataclasses import dataclass
+
+import kmeans1d
+import numpy as np
+from scipy.ndimage import distance_transform_edt
+from sklearn.mixture import GaussianMixture
+
+from onelabel.configs.augmentation import BinsConfig
+from onelabel.errors import DataError
+
+IGNORE = -1
+LEVELS = 256
+AIR = 0
+
+_SUBSAMPLE = 4096
+_AIR_BINS = 4
+
+
+@dataclass(frozen=True)
+class BinnedScan:
+    """A conformed scan, ready for synthesis.
+
+    levels : (*size) uint8, intensity in [0, 255]
+    target : (*size) int8, class of a voxel; 0 background, IGNORE unknown
+    distance_mm : (*size) int8, distance to the foreground's edge in mm, negative inside, clipped to +-127
+    tables : (classes, max_bins + 1, 256) uint8, bin of a level where its class has that many bins; 255 is air
+    """
+
+    levels: np.ndarray
+    target: np.ndarray
+    distance_mm: np.ndarray
+    tables: np.ndarray
+
+
+def bin_scan(
+    image: np.ndarray,
+    target: np.ndarray,
+    /,
+    *,
+    spacing_mm: tuple[float, float, float],
+    config: BinsConfig,
+    classes: int = 2,
+    seed: int = 0,
+) -> BinnedScan:
+    """Bin the intensities of a scan (SingleStrip, arXiv 2508.10464, step 1).
+
+    Parameters
+    ----------
+    image : (*size) float32 in [0, 1]
+    target : (*size) int, class of every voxel
+
+    Raises
+    ------
+    DataError : a target without foreground, or that leaves no background.
+    """
+    levels = np.rint(np.clip(image, 0, 1) * (LEVELS - 1)).astype(np.uint8)
+    foreground = target > 0
+    if not foreground.any() or (target != 0).all():
+        raise DataError("the label must hold both structure and background voxels on the network's grid")
+    air = _air_level(levels[target == 0], method_seed=seed)
+    most = max(config.foreground[1], config.background[1])
+    tables = np.zeros((classes, most + 1, LEVELS), np.uint8)
+    for index in range(classes):
+        inside = levels[target == index]
+        if index == 0:
+            inside = inside[inside > air]
+        low, high = config.foreground if index else config.background
+        for count in range(low, high + 1):
+            tables[index, count] = _bins(inside, count=count, method=config.method, seed=seed)
+    tables[0, :, : air + 1] = 255
+    outside = distance_transform_edt(~foreground, sampling=spacing_mm)
+    inside_mm = distance_transform_edt(foreground, sampling=spacing_mm)
+    distance = np.clip(np.rint(outside - inside_mm), -127, 127).astype(np.int8)
+    return BinnedScan(levels, target.astype(np.int8), distance, tables)
+
+
+def label_table(scan: BinnedScan, counts: tuple[int, ...], /) -> np.ndarray:
+    """Label of every (class, level) when class c has counts[c] bins.
+
+    Returns
+    -------
+    table : (classes * 256) uint8. Label 0 is air; no label is shared between classes.
+    """
+    parts, first = [], 1
+    for index, count in enumerate(counts):
+        bins = scan.tables[index, count].astype(np.int64)
+        parts.append(np.where(bins == 255, AIR, bins + first).astype(np.uint8))
+        first += count
+    return np.concatenate(parts)
+
+
+def label_map(scan: BinnedScan, counts: tuple[int, ...], /) -> np.ndarray:
+    """The label of every voxel, (*size) uint8, when class c has counts[c] bins."""
+    table = label_table(scan, counts)
+    return table[np.maximum(scan.target, 0).astype(np.int64) * LEVELS + scan.levels]
+
+
+def _air_level(levels: np.ndarray, *, method_seed: int) -> int:
+    # The darkest of a few clusters of the background: air, sinuses and compact bone.
+    return int(np.flatnonzero(_bins(levels, count=_AIR_BINS, method="kmeans", seed=method_seed) == 0).max())
+
+
+def _bins(levels: np.ndarray, *, count: int, method: str, seed: int) -> np.ndarray:
+    """Bin of each of the 256 levels, (256,) uint8; fewer bins where there are fewer distinct levels."""
+    grid = np.arange(LEVELS)
+    if levels.size == 0:
+        return np.zeros(LEVELS, np.uint8)
+    sample = np.quantile(levels, np.linspace(0, 1, _SUBSAMPLE))
+    count = min(count, np.unique(levels).size)
+    if method == "gmm":
+        mixture = GaussianMixture(count, random_state=seed, covariance_type="full", reg_covar=1.0)
+        mixture.fit(sample[:, None])
+        rank = np.argsort(np.argsort(mixture.means_[:, 0]))
+        return rank[mixture.predict(grid[:, None])].astype(np.uint8)
+    if method == "kmeans":
+        centres = np.sort(kmeans1d.cluster(sample, count).centroids)
+        edges = (centres[1:] + centres[:-1]) / 2
+    elif method == "quantile":
+        edges = np.quantile(sample, np.linspace(0, 1, count + 1)[1:-1])
+    else:
+        edges = np.linspace(sample[0], sample[-1], count + 1)[1:-1]
+    return np.searchsorted(edges, grid, side="right").astype(np.uint8)

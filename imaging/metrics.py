@@ -1,0 +1,113 @@
+"""How well a mask agrees with the truth: overlap, surface distances in mm, volumes in mm^3.
+
+Where one mask is empty and the other is not there is no surface to measure from: overlap is 0 and each distance is the
+diagonal of the field of view, the worst there can be. Two empty masks agree perfectly.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.ndimage import binary_erosion, distance_transform_edt, find_objects
+
+from onelabel.errors import DataError
+
+Mask = NDArray[Any]
+
+
+def dice(pred: Mask, truth: Mask, /) -> float:
+    """Dice overlap of two masks of shape (*size), 0 to 1."""
+    pred, truth = _as_masks(pred, truth)
+    total = np.count_nonzero(pred) + np.count_nonzero(truth)
+    return float(2 * np.count_nonzero(pred & truth) / total) if total else 1.0
+
+
+def jaccard(pred: Mask, truth: Mask, /) -> float:
+    """Jaccard overlap (intersection over union) of two masks of shape (*size), 0 to 1."""
+    pred, truth = _as_masks(pred, truth)
+    union = np.count_nonzero(pred | truth)
+    return float(np.count_nonzero(pred & truth) / union) if union else 1.0
+
+
+def hd95(pred: Mask, truth: Mask, spacing_mm: Sequence[float], /) -> float:
+    """Hausdorff distance without the worst 5 %, mm.
+
+    The larger of two 95th percentiles: of the distances from the surface of one mask to that of the other, and back.
+    """
+    return _hd95(*_surface_distances(pred, truth, spacing_mm))
+
+
+def asd(pred: Mask, truth: Mask, spacing_mm: Sequence[float], /) -> float:
+    """Average symmetric surface distance, mm: the mean over the surface voxels of both masks."""
+    return _asd(*_surface_distances(pred, truth, spacing_mm))
+
+
+def volume_mm3(mask: Mask, spacing_mm: Sequence[float], /) -> float:
+    """Volume of a mask of shape (*size)."""
+    return float(np.count_nonzero(mask) * np.prod(spacing_mm))
+
+
+def evaluate(pred: Mask, truth: Mask, spacing_mm: Sequence[float], /) -> dict[str, float | bool]:
+    """All measures at once.
+
+    Parameters
+    ----------
+    pred, truth : (*size)
+        Not zero where the structure is.
+    spacing_mm : (len(size),)
+
+    Returns
+    -------
+    dict
+        dice, jaccard, hd95_mm, asd_mm, volume_mm3, truth_volume_mm3, and miss: the prediction is empty, the truth not.
+    """
+    distances = _surface_distances(pred, truth, spacing_mm)
+    return {
+        "dice": dice(pred, truth),
+        "jaccard": jaccard(pred, truth),
+        "hd95_mm": _hd95(*distances),
+        "asd_mm": _asd(*distances),
+        "volume_mm3": volume_mm3(pred, spacing_mm),
+        "truth_volume_mm3": volume_mm3(truth, spacing_mm),
+        "miss": bool(np.any(truth) and not np.any(pred)),
+    }
+
+
+def _hd95(there: NDArray[np.float64], back: NDArray[np.float64]) -> float:
+    return float(max(np.percentile(there, 95), np.percentile(back, 95)))
+
+
+def _asd(there: NDArray[np.float64], back: NDArray[np.float64]) -> float:
+    return float(np.concatenate([there, back]).mean())
+
+
+def _surface_distances(
+    pred: Mask, truth: Mask, spacing_mm: Sequence[float]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Distance in mm of each surface voxel of one mask to the surface of the other, and back."""
+    pred, truth = _as_masks(pred, truth)
+    if len(spacing_mm) != pred.ndim:
+        raise DataError(f"spacing_mm is {tuple(spacing_mm)}, the masks have {pred.ndim} axes: give one length an axis.")
+    if not (pred.any() and truth.any()):
+        agree = pred.any() == truth.any()
+        worst = np.zeros(1) if agree else np.array([np.linalg.norm(np.multiply(pred.shape, spacing_mm))])
+        return worst, worst
+    box = find_objects((pred | truth).view(np.uint8))[0]
+    pred_surface, truth_surface = _surface(pred[box]), _surface(truth[box])
+    to_truth = distance_transform_edt(~truth_surface, sampling=spacing_mm)
+    to_pred = distance_transform_edt(~pred_surface, sampling=spacing_mm)
+    return to_truth[pred_surface], to_pred[truth_surface]
+
+
+def _surface(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """The voxels of a mask that have a face in common with the outside; beyond the array is outside."""
+    return np.logical_and(mask, ~binary_erosion(mask))
+
+
+def _as_masks(pred: Mask, truth: Mask) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Both as booleans, of equal shape."""
+    pred, truth = np.asarray(pred), np.asarray(truth)
+    if pred.shape != truth.shape:
+        raise DataError(f"The masks have shapes {pred.shape} and {truth.shape}: compare them on the same grid.")
+    return pred.astype(bool), truth.astype(bool)

@@ -1,0 +1,98 @@
+"""A trained network on disk: a folder with weights and a page of facts."""
+
+import json
+import os
+import shutil
+import subprocess
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from platform import python_version
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+from torch import nn
+
+from onelabel import __version__
+from onelabel.configs.schema import NetworkConfig, UNetConfig
+from onelabel.errors import CheckpointError
+from onelabel.models import networks
+
+_WEIGHTS = "weights.pt"
+_META = "meta.json"
+
+
+@dataclass(frozen=True)
+class Meta:
+    """What a checkpoint is: enough to build its network and to know where it came from.
+
+    network : config of the network; grid : spacing_mm and size; classes : names by index
+    """
+
+    network: dict[str, Any]
+    learner: str
+    grid: dict[str, Any]
+    step: int
+    seed: int
+    manifest_digest: str
+    classes: tuple[str, ...] = ("background", "foreground")
+    versions: dict[str, str] = field(default_factory=dict)
+    git: str = ""
+
+
+def save(folder: Path, network: nn.Module, meta: Meta, /) -> None:
+    """Write a checkpoint as a whole or not at all."""
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    torch.save(network.state_dict(), temporary / _WEIGHTS)
+    (temporary / _META).write_text(json.dumps(asdict(meta), indent=1, sort_keys=True))
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+def load(path: Path, /) -> tuple[nn.Module, Meta]:
+    """Read a checkpoint folder, or the newest one in a run's folder; the network comes in evaluation mode.
+
+    Raises
+    ------
+    CheckpointError : nothing there, or not a checkpoint of this version.
+    """
+    folder = find(path)
+    try:
+        meta = Meta(**json.loads((folder / _META).read_text()))
+        config: Any = TypeAdapter(NetworkConfig).validate_python(meta.network)
+        network = networks.build(config)
+        network.load_state_dict(torch.load(folder / _WEIGHTS, map_location="cpu", weights_only=True))
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"checkpoint '{folder}' cannot be read ({reason}); train it again") from None
+    return network.eval(), meta
+
+
+def load_segmenter(path: Path, /) -> tuple[nn.Module, Meta]:
+    """Like `load`, for checkpoints that segment images."""
+    network, meta = load(path)
+    if meta.network["type"] != UNetConfig().type:
+        raise CheckpointError(f"checkpoint '{path}' holds a {meta.network['type']}, not a segmentation network")
+    return network, meta
+
+
+def find(path: Path, /) -> Path:
+    """The checkpoint folder itself, or that of the last finished round in a run's folder."""
+    if (path / _META).is_file():
+        return path
+    found = sorted(path.glob(f"round-*/checkpoint/{_META}"))
+    if not found:
+        raise CheckpointError(f"no checkpoint at '{path}'; give a checkpoint folder or the folder of a run")
+    return found[-1].parent
+
+
+def provenance() -> dict[str, Any]:
+    """Versions and, in a checkout, the commit: `versions` and `git` of a Meta."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        git = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        git = ""
+    return {"versions": {"onelabel": __version__, "torch": torch.__version__, "python": python_version()}, "git": git}

@@ -1,0 +1,30 @@
+"""Learn what masks look like (SingleStrip, arXiv 2508.10464, step 2)."""
+
+from collections.abc import Mapping
+
+import torch
+
+from onelabel.configs.schema import AutoencoderConfig
+from onelabel.models import losses
+from onelabel.models.learners.base import Learner, Progress, Samples
+from onelabel.models.networks.autoencoder import Autoencoder, one_hot, views
+
+
+class AutoencoderLearner(Learner):
+    """Reconstruct augmented masks: input and target are the same."""
+
+    base: AutoencoderConfig
+    network: Autoencoder
+
+    def step(self, batch: Mapping[str, Samples], progress: Progress) -> dict[str, float]:
+        """Learn from slices (or the whole) of the masks in the stream `train`."""
+        shape = self.network.config
+        seen = torch.cat([views(mask, shape) for mask in batch["train"].label])
+        if shape.dims == 2:
+            seen = seen[torch.randperm(len(seen))[: self.base.slices].to(seen.device)]
+        target = one_hot(seen, shape.classes)
+        self.network.train()
+        with self.autocast():
+            logits = self.network(target)
+        early = progress.step < self.base.foreground_share * progress.steps
+        return self.descend(losses.reconstruction(logits.float(), target, foreground=early), progress)

@@ -1,0 +1,101 @@
+"""What every learner is: it reads streams, steps, and hands over the network to deploy."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from onelabel.configs.schema import OptimiserConfig
+
+
+@dataclass(frozen=True)
+class Samples:
+    """image (B, 1, *size) float32; label (B, *size) int8 with IGNORE; weight (B,) float32."""
+
+    image: Tensor
+    label: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The step that is being taken, of how many; the round, of how many in its stage."""
+
+    step: int
+    steps: int
+    round: int = 0
+    rounds: int = 1
+
+
+def keep(parameters: list[nn.Parameter]) -> None:
+    """Leave gradients as they are: there is one worker."""
+
+
+class Learner(ABC):
+    """A method. `average` makes gradients the mean over all workers, in place."""
+
+    streams: ClassVar[tuple[str, ...]] = ("train",)
+
+    def __init__(
+        self,
+        config: OptimiserConfig,
+        network: nn.Module,
+        *,
+        device: torch.device,
+        bf16: bool,
+        average: Callable[[list[nn.Parameter]], None] = keep,
+    ) -> None:
+        self.network = network.to(device)
+        self.device, self.bf16, self.average = device, bf16, average
+        self.base = config
+        self.optimiser = torch.optim.AdamW(
+            self.network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+        )
+
+    @abstractmethod
+    def step(self, batch: Mapping[str, Samples], progress: Progress) -> dict[str, float]:
+        """Learn from one batch of each stream; returns what to log."""
+
+    def predictor(self) -> nn.Module:
+        """The network to deploy."""
+        return self.network
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a restart needs."""
+        return {"network": self.network.state_dict(), "optimiser": self.optimiser.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state."""
+        self.network.load_state_dict(state["network"])
+        self.optimiser.load_state_dict(state["optimiser"])
+
+    def autocast(self) -> torch.autocast:
+        """Mixed precision where the hardware has it."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def descend(self, loss: Tensor, progress: Progress) -> dict[str, float]:
+        """One optimiser step down a loss; returns what to log."""
+        rate = learning_rate(self.base, progress)
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        self.optimiser.zero_grad()
+        loss.backward()
+        parameters = list(self.network.parameters())
+        self.average(parameters)
+        norm = nn.utils.clip_grad_norm_(parameters, self.base.clip, error_if_nonfinite=False)
+        if torch.isfinite(norm):
+            self.optimiser.step()
+        return {"loss": loss.item(), "gradient_norm": norm.item(), "learning_rate": rate}
+
+
+def learning_rate(config: OptimiserConfig, progress: Progress, /) -> float:
+    """Linear warm-up, then half a cosine from the peak to the final rate."""
+    warmup = config.warmup * progress.steps
+    if progress.step < warmup:
+        return config.learning_rate * (progress.step + 1) / (warmup + 1)
+    done = (progress.step - warmup) / max(progress.steps - warmup, 1)
+    return config.learning_rate * (config.final + (1 - config.final) * (1 + math.cos(math.pi * done)) / 2)

@@ -1,0 +1,83 @@
+"""The convolutional autoencoder of masks."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from onelabel.configs.schema import AutoencoderNetworkConfig
+
+_LATENT_EDGE = 4
+
+
+class Autoencoder(nn.Module):
+    """Masks to a latent of 4 voxels an axis and back (the quality-control autoencoder behind SingleStrip).
+
+    Blocks are convolution, batch normalisation, leaky ReLU 0.2 and dropout. At 256 voxels there are six halvings; a
+    smaller size drops the outermost, so that the latent keeps its edge.
+
+    forward : one-hot mask (B, classes, *(size,) * dims) -> logits of the same shape
+    """
+
+    def __init__(self, config: AutoencoderNetworkConfig) -> None:
+        super().__init__()
+        self.config = config
+        w = config.width
+        halvings = (config.size // _LATENT_EDGE).bit_length() - 1
+        # (before, after, stride) from the outside in; the innermost five blocks are the same at every size.
+        outer = [(w if i else config.classes, w, 2) for i in range(halvings - 3)]
+        inner = [(w, w, 1), (w, 2 * w, 2), (2 * w, 2 * w, 1), (2 * w, 4 * w, 2), (4 * w, 2 * w, 1), (2 * w, w, 1)]
+        blocks = outer + inner
+        self.encoder = nn.Sequential(
+            *[_block(config, before, after, stride) for before, after, stride in blocks],
+            _conv(config, w, config.latent, 2),
+        )
+        first, *rest = blocks
+        self.decoder = nn.Sequential(
+            _block(config, config.latent, w, 2, up=True),
+            *[_block(config, after, before, stride, up=True) for before, after, stride in reversed(rest)],
+            _conv(config, first[1], config.classes, 2, up=True),
+        )
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+                nn.init.kaiming_uniform_(module.weight, a=0.2)
+
+    def forward(self, mask: Tensor) -> Tensor:
+        """Logits of the reconstruction."""
+        logits: Tensor = self.decoder(self.encoder(mask))
+        return logits
+
+
+def fit_to(mask: Tensor, edge: int, /) -> Tensor:
+    """Pad with zeros or crop, centred, so that every axis after the first has length `edge`: (B, *any) -> (B, *edge)."""
+    pads: list[int] = []
+    for length in reversed(mask.shape[1:]):
+        before = (edge - length) // 2
+        pads += [before, edge - length - before]
+    return F.pad(mask, pads)
+
+
+def views(mask: Tensor, config: AutoencoderNetworkConfig, /) -> Tensor:
+    """What the network sees of a mask: (*size) int -> slices along the shortest axis (n, edge, edge), or (1, *edge)."""
+    if config.dims == 3:
+        return fit_to(mask[None], config.size)
+    shortest = min(range(mask.ndim), key=lambda axis: mask.shape[axis])
+    return fit_to(mask.movedim(shortest, 0), config.size)
+
+
+def one_hot(mask: Tensor, classes: int, /) -> Tensor:
+    """(B, *size) int -> (B, classes, *size) float32."""
+    return torch.stack([mask == index for index in range(classes)], dim=1).float()
+
+
+def _conv(config: AutoencoderNetworkConfig, before: int, after: int, stride: int, *, up: bool = False) -> nn.Module:
+    kinds = {(2, False): nn.Conv2d, (3, False): nn.Conv3d, (2, True): nn.ConvTranspose2d, (3, True): nn.ConvTranspose3d}
+    return kinds[config.dims, up](before, after, 4 if stride == 2 else 3, stride=stride, padding=1)
+
+
+def _block(
+    config: AutoencoderNetworkConfig, before: int, after: int, stride: int, *, up: bool = False
+) -> nn.Sequential:
+    norm = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}[config.dims](after)
+    return nn.Sequential(
+        _conv(config, before, after, stride, up=up), norm, nn.LeakyReLU(0.2), nn.Dropout(config.dropout)
+    )

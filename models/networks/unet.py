@@ -1,0 +1,65 @@
+"""U-Net with an optional strided stem."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from onelabel.configs.schema import UNetConfig
+
+_CONV = {2: nn.Conv2d, 3: nn.Conv3d}
+_TRANSPOSED = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+_INSTANCE = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
+_BATCH = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+_DROPOUT = {2: nn.Dropout2d, 3: nn.Dropout3d}
+_POOL = {2: F.max_pool2d, 3: F.max_pool3d}
+
+
+class UNet(nn.Module):
+    """U-Net (Ronneberger 2015) whose stem may step over voxels, so that features live on a coarser grid.
+
+    forward : image (B, 1, *size) -> logits (B, classes, *size); every axis a multiple of `config.divisor`
+    """
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        channels, patch = config.channels, config.patch
+        self.pool = _POOL[config.dims]
+        stem = 3 if patch == 1 else patch
+        self.stem = _CONV[config.dims](1, channels[0], stem, stride=patch, padding=int(patch == 1))
+        self.down = nn.ModuleList(
+            _block(config, channels[max(i - 1, 0)], width, drop=i >= len(channels) - 2)
+            for i, width in enumerate(channels)
+        )
+        self.up = nn.ModuleList(
+            _block(config, below + here, here) for here, below in zip(channels[-2::-1], channels[:0:-1], strict=True)
+        )
+        self.head = _TRANSPOSED[config.dims](channels[0], config.classes, patch, stride=patch)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Logits of an image."""
+        features, skips = self.stem(image), []
+        for level, block in enumerate(self.down):
+            features = block(self.pool(features, 2) if level else features)
+            skips.append(features)
+        skips.pop()
+        for block in self.up:
+            features = F.interpolate(features, scale_factor=2, mode="nearest")
+            features = block(torch.cat([features, skips.pop()], dim=1))
+        logits: Tensor = self.head(features)
+        return logits
+
+
+def _block(config: UNetConfig, before: int, after: int, *, drop: bool = False) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for i in range(config.convs):
+        layers.append(_CONV[config.dims](after if i else before, after, 3, padding=1))
+        if config.norm == "instance":
+            layers.append(_INSTANCE[config.dims](after, affine=True))
+        elif config.norm == "batch":
+            layers.append(_BATCH[config.dims](after))
+        elif config.norm == "group":
+            layers.append(nn.GroupNorm(8 if after % 8 == 0 else 1, after))
+        layers.append(nn.LeakyReLU(0.01, inplace=True))
+    if drop and config.dropout:
+        layers.append(_DROPOUT[config.dims](config.dropout))
+    return nn.Sequential(*layers)

@@ -1,0 +1,65 @@
+"""A checkpoint as a function: a scan in, its mask out, in the scan's own grid."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import cc3d
+import fill_voids
+import numpy as np
+import torch
+from torch import Tensor
+
+from onelabel.imaging import volume
+from onelabel.imaging.prepare import image_on_grid
+from onelabel.imaging.volume import Grid, Volume
+from onelabel.models.checkpoint import load_segmenter
+from onelabel.models.precision import use_bf16
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the network says of a scan.
+
+    mask : Volume (*native) uint8; image (1, 1, *size) and probability (1, classes, *size) float32 on the network's grid
+    """
+
+    mask: Volume
+    image: Tensor
+    probability: Tensor
+
+
+class Predictor:
+    """Segments scans with a checkpoint."""
+
+    def __init__(self, checkpoint: Path, /, *, device: str = "cpu", precision: str = "auto") -> None:
+        self.network, self.meta = load_segmenter(checkpoint)
+        self.device = torch.device(device)
+        self.network.to(self.device)
+        self.bf16 = use_bf16(precision, self.device)
+        self.grid = Grid(tuple(self.meta.grid["spacing_mm"]), tuple(self.meta.grid["size"]))
+
+    def __call__(self, scan: Volume, /) -> Prediction:
+        """Segment a scan of any orientation and spacing."""
+        conformed = image_on_grid(scan, self.grid)
+        image = torch.from_numpy(conformed.data)[None, None].to(self.device)
+        probability = self.probability(image)
+        foreground = probability[0, 1:].cpu().numpy()
+        native = volume.restore(foreground, conformed.affine, scan.shape, scan.affine)
+        mask = clean(np.where(native.sum(0) > 0.5, native.argmax(0) + 1, 0).astype(np.uint8))
+        return Prediction(Volume(mask, scan.affine), image, probability)
+
+    @torch.inference_mode()
+    def probability(self, image: Tensor, /) -> Tensor:
+        """Class probabilities (B, classes, *size) float32 of images (B, 1, *size) on the network's grid."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            logits: Tensor = self.network(image)
+        return logits.float().softmax(1)
+
+
+def clean(mask: np.ndarray, /) -> np.ndarray:
+    """Keep the largest component of the foreground and fill its holes with the first class."""
+    foreground = cc3d.largest_k(mask > 0, k=1, connectivity=6) > 0
+    filled = fill_voids.fill(foreground)
+    cleaned = np.where(foreground, mask, 0).astype(mask.dtype)
+    cleaned[filled & ~foreground] = 1
+    return cleaned

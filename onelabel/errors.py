@@ -1,0 +1,30 @@
+"""What can go wrong, and whose fault it is.
+
+OnelabelError
+├── ConfigError      the configuration: an unknown key, a value out of its range, stages that contradict each other
+├── DataError        a file or a cohort: not an image, wrong dimensions, label and image on different grids
+├── CheckpointError  a checkpoint that is missing, incomplete or was made for another network
+└── ClusterError     machines: storage not writable, a demand that the cluster can never meet
+
+Every message is one sentence that names the value, the rule it breaks, and what to do.
+"""
+
+
+class OnelabelError(Exception):
+    """Base of all errors that a user can mend; the command line prints the message alone and exits with 2."""
+
+
+class ConfigError(OnelabelError):
+    """The configuration is wrong."""
+
+
+class DataError(OnelabelError):
+    """A scan, a label or a cohort is wrong."""
+
+
+class CheckpointError(OnelabelError):
+    """A checkpoint cannot be used."""
+
+
+class ClusterError(OnelabelError):
+    """The machines or their storage cannot do what was asked."""

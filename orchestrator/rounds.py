@@ -1,0 +1,82 @@
+"""Rounds on disk: a folder each, committed by a marker that is written last."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from onelabel.configs.schema import RunConfig, StageConfig
+from onelabel.tasks.cohort import Cohort
+
+MARKER = "done"
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round of a run. index counts over the whole run, number within its stage, both from 0."""
+
+    folder: Path
+    index: int
+    number: int
+    stage: StageConfig
+
+    @property
+    def name(self) -> str:
+        """Shown in logs and MLflow."""
+        return f"round-{self.index:02d} {self.stage.name}"
+
+    @property
+    def checkpoint(self) -> Path:
+        """The trained network."""
+        return self.folder / "checkpoint"
+
+    @property
+    def done(self) -> bool:
+        """Whether all of the round is there."""
+        return (self.folder / MARKER).is_file()
+
+    def table(self, name: str) -> pa.Table | None:
+        """A table of this round (`scores`, `selection`, `test`), if it was written."""
+        path = self.folder / f"{name}.parquet"
+        return pq.read_table(path) if path.is_file() else None
+
+    def write_table(self, name: str, table: pa.Table) -> Path:
+        """Write a table as a whole or not at all."""
+        path = self.folder / f"{name}.parquet"
+        temporary = path.with_suffix(".part")
+        pq.write_table(table, temporary)
+        os.replace(temporary, path)
+        return path
+
+    def metrics(self) -> dict[str, Any]:
+        """What a finished round recorded."""
+        recorded: dict[str, Any] = json.loads((self.folder / "metrics.json").read_text())
+        return recorded
+
+    def commit(self, metrics: dict[str, Any]) -> None:
+        """Record the metrics, then mark the round as done."""
+        (self.folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
+        temporary = self.folder / f".{MARKER}"
+        temporary.write_text("")
+        os.replace(temporary, self.folder / MARKER)
+
+
+def plan(config: RunConfig, folder: Path, /) -> list[Round]:
+    """All rounds of a run, in order."""
+    rounds: list[Round] = []
+    for stage in config.stages:
+        for number in range(stage.rounds):
+            index = len(rounds)
+            rounds.append(Round(folder / f"round-{index:02d}", index, number, stage))
+    return rounds
+
+
+def pseudo_labels(selection: pa.Table, /) -> Cohort:
+    """The selected scans with their predicted masks as labels."""
+    columns = {"key": selection["key"], "image": selection["image"], "label": selection["mask"]}
+    columns |= {"kind": pa.array(["pseudo"] * len(selection)), "weight": pa.array([1.0] * len(selection))}
+    return Cohort(pa.table(columns))

@@ -1,0 +1,90 @@
+"""All that can fail before a run begins, fails here."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from onelabel.configs.load import dump
+from onelabel.configs.schema import RunConfig, Source
+from onelabel.errors import ClusterError, ConfigError, DataError, OnelabelError
+from onelabel.imaging import volume
+from onelabel.tasks.cohort import Cohort, open_cohort
+
+_RECORD = "config.yaml"
+_FREE_TO_CHANGE = ("compute", "tracking", "storage")
+
+
+@dataclass(frozen=True)
+class Cohorts:
+    """The scans of a run."""
+
+    labelled: Cohort
+    unlabelled: Cohort | None
+    test: Cohort | None
+
+    @property
+    def digest(self) -> str:
+        """Changes when any scan or label is another one."""
+        rows = [
+            (row["key"], row["image"], row["label"]) for c in (self.labelled, self.unlabelled) if c for row in c.rows()
+        ]
+        return hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
+
+
+def open_cohorts(config: RunConfig, /) -> Cohorts:
+    """Find all scans and check what training rests on.
+
+    Raises
+    ------
+    ConfigError : k larger than the cohort.
+    DataError : a source that names nothing, or a labelled scan that cannot be used.
+    """
+    labelled = _open(config.data.labelled, labels=True)
+    for row in labelled.rows():
+        try:
+            volume.load_labelled(row["image"], row["label"])
+        except OnelabelError as error:
+            raise DataError(f"labelled scan '{row['key']}': {error}") from None
+    unlabelled = _open(config.data.unlabelled, labels=False) if config.data.unlabelled else None
+    for stage in config.stages:
+        if stage.ranker and unlabelled and stage.select.k > len(unlabelled):
+            raise ConfigError(
+                f"stage '{stage.name}' selects k = {stage.select.k} scans, but data.unlabelled holds {len(unlabelled)};"
+                " lower select.k or give more scans"
+            )
+    test = _open(config.data.test, labels=True) if config.data.test else None
+    return Cohorts(labelled, unlabelled, test)
+
+
+def open_folder(config: RunConfig, /) -> Path:
+    """The run's folder, made or, for the same settings, gone on with.
+
+    Raises
+    ------
+    ClusterError : storage that cannot be written to.
+    ConfigError : the folder holds a run of other settings.
+    """
+    folder = Path(config.storage) / config.name
+    record = folder / _RECORD
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise ClusterError(f"storage '{folder}' is not writable ({error.strerror}); set storage=FOLDER") from None
+    if record.is_file():
+        before, now = yaml.safe_load(record.read_text()), config.model_dump(mode="json")
+        changed = [key for key in now if key not in _FREE_TO_CHANGE and before.get(key) != now[key]]
+        if changed:
+            raise ConfigError(
+                f"'{folder}' holds a run with another {' and '.join(changed)}; choose another name=NAME, or remove it"
+            )
+    dump(config, record)
+    return folder.resolve()
+
+
+def _open(source: Source, *, labels: bool) -> Cohort:
+    return open_cohort(source.path, where=source.where, label_column=source.label_column, require_labels=labels)

@@ -1,0 +1,42 @@
+"""Tables of a round to a few figures."""
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from scipy.stats import spearmanr
+
+
+def summarise(tables: dict[str, pa.Table], /) -> dict[str, Any]:
+    """Figures of a round: `failures`, and for each of `scores`, `selection` and `test` what can be said.
+
+    Dice is over all scans with a truth, a miss counting as 0. `rank_correlation` is Spearman's, of score and Dice.
+    """
+    figures: dict[str, Any] = {"failures": 0}
+    for name, table in tables.items():
+        part = _describe(table)
+        if name == "scores":
+            figures["failures"] += int(part["failed"])
+        figures["unlabelled" if name == "scores" else name] = part
+    return figures
+
+
+def _describe(table: pa.Table) -> dict[str, float]:
+    failed = table["error"].is_valid().to_numpy(zero_copy_only=False)
+    part = {"scans": float(len(table)), "failed": float(failed.sum())}
+    score, dice = _numbers(table, "score"), _numbers(table, "dice")
+    if np.isfinite(score).any():
+        part |= {"score_mean": float(np.nanmean(score)), "score_min": float(np.nanmin(score))}
+    if np.isfinite(dice).any():
+        part |= {"dice_mean": float(np.nanmean(dice)), "dice_median": float(np.nanmedian(dice))}
+        part |= {"dice_min": float(np.nanmin(dice)), "hd95_mm_mean": float(np.nanmean(_numbers(table, "hd95_mm")))}
+        part["asd_mm_mean"] = float(np.nanmean(_numbers(table, "asd_mm")))
+        part["misses"] = float(np.nansum(_numbers(table, "miss")))
+    both = np.isfinite(score) & np.isfinite(dice)
+    if both.sum() > 2 and np.ptp(score[both]) > 0 and np.ptp(dice[both]) > 0:
+        part["rank_correlation"] = float(spearmanr(score[both], dice[both]).statistic)
+    return part
+
+
+def _numbers(table: pa.Table, name: str) -> np.ndarray:
+    return np.array([np.nan if value is None else float(value) for value in table[name].to_pylist()])

@@ -1,0 +1,1 @@
+"""Where arrays meet machines: one kind of distributed work a file."""

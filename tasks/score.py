@@ -1,0 +1,114 @@
+"""Predict and rank a cohort by Ray Data. A scan that fails is a row with an error."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+import torch
+
+from onelabel.configs.schema import ComputeConfig
+from onelabel.errors import OnelabelError
+from onelabel.imaging import metrics, volume
+from onelabel.models import checkpoint
+from onelabel.models.predictor import Predictor
+from onelabel.models.rankers import AutoencoderRanker
+from onelabel.tasks.cohort import Cohort
+
+log = logging.getLogger(__name__)
+
+FAULTS = (OnelabelError, OSError, ValueError, RuntimeError, MemoryError)
+SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("image", pa.string()),
+        ("mask", pa.string()),
+        ("score", pa.float64()),
+        ("volume_mm3", pa.float64()),
+        ("dice", pa.float64()),
+        ("hd95_mm", pa.float64()),
+        ("asd_mm", pa.float64()),
+        ("miss", pa.bool_()),
+        ("error", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class ScoreTask:
+    """checkpoint : of the segmenter; ranker : checkpoint of the autoencoder, or None; out : folder of the masks."""
+
+    checkpoint: Path
+    ranker: Path | None
+    out: Path
+
+
+def score(cohort: Cohort, task: ScoreTask, /, *, compute: ComputeConfig) -> pa.Table:
+    """Segment all scans, write their masks in native space, and rank them.
+
+    Returns
+    -------
+    One row a scan, by key: `SCHEMA`. Metrics where the cohort names a truth; null where there is none.
+    """
+    task.out.mkdir(parents=True, exist_ok=True)
+    rows = [{"key": row["key"], "image": row["image"], "label": row["label"] or ""} for row in cohort.rows()]
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    actors = min(compute.score_actors, len(rows))
+    dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), 4 * actors)).map_batches(
+        Scorer,
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=actors),
+        num_cpus=1,
+        num_gpus=compute.score_gpus or None,
+        fn_constructor_kwargs={"task": task, "device": "cuda" if compute.score_gpus else "cpu", "compute": compute},
+    )
+    table = pa.Table.from_pylist(dataset.take_all(), schema=SCHEMA).sort_by("key")
+    failed = [error for error in table["error"].to_pylist() if error]
+    if failed:
+        log.warning("%d of %d scans failed, for example: %s", len(failed), len(table), failed[0])
+    return table
+
+
+class Scorer:
+    """Predicts and ranks, one scan a call; lives in an actor that loads the networks once."""
+
+    def __init__(self, task: ScoreTask, device: str, compute: ComputeConfig) -> None:
+        torch.set_num_threads(1)
+        self.task = task
+        self.predictor = Predictor(task.checkpoint, device=device, precision=compute.precision)
+        self.ranker = None
+        if task.ranker is not None:
+            network, _ = checkpoint.load(task.ranker)
+            self.ranker = AutoencoderRanker(network.to(self.predictor.device))
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
+        """Score a batch of one row."""
+        key, image, label = (str(batch[name][0]) for name in ("key", "image", "label"))
+        row: dict[str, Any] = dict.fromkeys(SCHEMA.names) | {"key": key, "image": image}
+        try:
+            row |= self._score(key, image, label)
+        except FAULTS as error:
+            sentence = " ".join(str(error).split()) or type(error).__name__
+            row["error"] = sentence if isinstance(error, OnelabelError) else f"{type(error).__name__}: {sentence}"
+        return {name: [value] for name, value in row.items()}
+
+    def _score(self, key: str, image: str, label: str) -> dict[str, Any]:
+        scan = volume.load(image)
+        prediction = self.predictor(scan)
+        path = self.task.out / f"{key}.nii.gz"
+        volume.save(prediction.mask, path, like=image, dtype=np.uint8)
+        mask = prediction.mask.data > 0
+        row: dict[str, Any] = {"mask": str(path), "volume_mm3": metrics.volume_mm3(mask, scan.spacing_mm)}
+        if self.ranker is not None:
+            scores = self.ranker.score(prediction.image, prediction.probability, self.predictor.probability)
+            row["score"] = float(scores[0])
+        if label:
+            _, truth = volume.load_labelled(image, label)
+            found = metrics.evaluate(mask, truth.data > 0, scan.spacing_mm)
+            row |= {name: found[name] for name in ("dice", "hd95_mm", "asd_mm", "miss")}
+        return row

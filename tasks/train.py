@@ -1,0 +1,307 @@
+"""Fit a learner by Ray Train: any number of workers, CPU or GPU, resumed from the last periodic checkpoint."""
+
+import logging
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import torch
+import torch.distributed
+from ray.train.torch import TorchTrainer
+from ray.util.queue import Empty, Queue
+from torch import nn
+
+from onelabel.configs.schema import AutoencoderNetworkConfig, ComputeConfig, LearnerConfig, UNetConfig
+from onelabel.errors import ClusterError
+from onelabel.imaging.random import derive
+from onelabel.models import checkpoint, networks
+from onelabel.models.learners import LEARNERS, Learner, Progress, Samples
+from onelabel.models.precision import use_bf16
+from onelabel.tasks import streams
+from onelabel.tasks.streams import Stream, SynthPool
+
+log = logging.getLogger(__name__)
+
+Row = dict[str, float]
+_STATE = "state.pt"
+_WEIGHTS = "checkpoint"
+
+
+@dataclass(frozen=True)
+class FitTask:
+    """What to fit. initial: reference to a state dict to start from, or None for fresh weights."""
+
+    learner: LearnerConfig
+    network: UNetConfig | AutoencoderNetworkConfig
+    steps: int
+    seed: int
+    meta: checkpoint.Meta
+    initial: Any = None
+    round: int = 0
+    rounds: int = 1
+    every: int = 20
+
+
+def fit(
+    task: FitTask,
+    sources: Mapping[str, Stream],
+    /,
+    *,
+    compute: ComputeConfig,
+    folder: Path,
+    out: Path,
+    on_progress: Callable[[Row], None],
+) -> Row:
+    """Train until `task.steps` and leave a checkpoint.
+
+    Parameters
+    ----------
+    sources : the learner's streams by name
+    folder : Ray Train's state; a run that was cut off goes on from it. Removed at the end.
+    out : the checkpoint folder to write
+    on_progress : called from another thread with rows of step, losses, steps_per_s and wait_share
+
+    Returns
+    -------
+    The last row: steps_per_s, wait_share (of the whole), seconds.
+
+    Raises
+    ------
+    ClusterError : training failed more often than Ray Train may try again.
+    """
+    pool = SynthPool(compute.synth_actors * compute.train_workers, gpus=compute.synth_gpus)
+    queue = Queue(actor_options={"num_cpus": 0})
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config={
+            "task": task,
+            "compute": compute,
+            "streams": {name: ray.put(stream) for name, stream in sources.items()},
+            "actors": pool.actors,
+            "queue": queue,
+        },
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=compute.train_workers,
+            use_gpu=compute.gpus_per_worker > 0,
+            resources_per_worker={"CPU": compute.cpus_per_worker}
+            | ({"GPU": compute.gpus_per_worker} if compute.gpus_per_worker else {}),
+        ),
+        run_config=ray.train.RunConfig(
+            name=folder.name,
+            storage_path=str(folder.parent.resolve()),
+            failure_config=ray.train.FailureConfig(max_failures=3),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
+        ),
+    )
+    try:
+        with _Listening(queue, on_progress):
+            result = trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        raise ClusterError(f"training in '{folder}' failed: {_cause(error)}; the same command resumes it") from error
+    finally:
+        pool.close()
+        queue.shutdown(force=True)
+    with result.checkpoint.as_directory() as kept:
+        _move(Path(kept) / _WEIGHTS, out)
+    shutil.rmtree(folder, ignore_errors=True)
+    return {key: result.metrics[key] for key in ("seconds", "steps_per_s", "wait_share")}
+
+
+def loop(
+    learner: Learner,
+    batches: Mapping[str, Iterator[tuple[Samples, float]]],
+    task: FitTask,
+    /,
+    *,
+    first: int,
+    rank: int,
+    on_step: Callable[[int, dict[str, float], float], None],
+) -> None:
+    """The training loop of every method: it knows no Ray.
+
+    Parameters
+    ----------
+    batches : endless batches by stream name, each with the seconds it was waited for
+    first : the step to begin with
+    on_step : called after each step with the step, what the learner logs and the seconds waited
+    """
+    for step in range(first, task.steps):
+        # What is random in a step depends on the step alone, so a resumed run equals an undisturbed one.
+        torch.manual_seed(derive(task.seed, "step", rank, step))
+        drawn = {name: next(iterator) for name, iterator in batches.items()}
+        logged = learner.step(
+            {name: samples for name, (samples, _) in drawn.items()},
+            Progress(step, task.steps, task.round, task.rounds),
+        )
+        on_step(step, logged, sum(waited for _, waited in drawn.values()))
+
+
+def make_learner(task: FitTask, /, *, device: torch.device, precision: str, average: Any = None) -> Learner:
+    """The task's learner with its initial weights."""
+    torch.manual_seed(derive(task.seed, "weights"))
+    network = networks.build(task.network)
+    if task.initial is not None:
+        network.load_state_dict(ray.get(task.initial))
+    extra = {"average": average} if average else {}
+    return LEARNERS[task.learner.type](task.learner, network, device=device, bf16=use_bf16(precision, device), **extra)
+
+
+class _Reporter:
+    """Per-step accounts, rows for the driver, and checkpoints when due."""
+
+    def __init__(self, learner: Learner, task: FitTask, compute: ComputeConfig, queue: Queue, rank: int) -> None:
+        self.learner, self.task, self.compute, self.queue, self.rank = learner, task, compute, queue, rank
+        self.begin = self.saved = self.logged = time.perf_counter()
+        self.waited = self.waited_before = self.seconds_before = 0.0
+        self.sums: Row = {}
+        self.count = 0
+
+    def state(self, step: int) -> dict[str, Any]:
+        return {
+            "learner": self.learner.state_dict(),
+            "step": step,
+            "seconds": self.seconds_before + time.perf_counter() - self.begin,
+            "waited": self.waited_before + self.waited,
+        }
+
+    def resume(self, state: Mapping[str, Any]) -> int:
+        self.learner.load_state_dict(state["learner"])
+        self.seconds_before, self.waited_before = state["seconds"], state["waited"]
+        return int(state["step"])
+
+    def __call__(self, step: int, logged: Mapping[str, float], waited: float) -> None:
+        self.waited += waited
+        self.count += 1
+        for key, value in (*logged.items(), ("wait_s", waited)):
+            self.sums[key] = self.sums.get(key, 0.0) + value
+        done = step + 1
+        if done % self.task.every and done < self.task.steps:
+            return
+        now = time.perf_counter()
+        self._send(done, now)
+        if done == self.task.steps or _agree(now - self.saved >= self.compute.checkpoint_every_s):
+            self.save(done)
+            self.saved = time.perf_counter()
+
+    def _send(self, done: int, now: float) -> None:
+        elapsed = now - self.logged
+        if self.rank == 0:
+            row = {key: value / self.count for key, value in self.sums.items()}
+            row |= {"wait_share": row.pop("wait_s") * self.count / elapsed, "steps_per_s": self.count / elapsed}
+            self.queue.put({"step": done} | row)
+        self.logged, self.count, self.sums = now, 0, {}
+
+    def save(self, done: int) -> None:
+        """Report a checkpoint; the last one holds the weights to deploy."""
+        state = self.state(done)
+        metrics = {
+            "seconds": state["seconds"],
+            "wait_share": state["waited"] / state["seconds"],
+            "steps_per_s": done / state["seconds"],
+        }
+        if self.rank:
+            ray.train.report(metrics)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            torch.save(state, os.path.join(folder, _STATE))
+            if done == self.task.steps:
+                meta = replace(self.task.meta, step=done)
+                checkpoint.save(Path(folder) / _WEIGHTS, self.learner.predictor().cpu(), meta)
+                self.learner.predictor().to(self.learner.device)
+            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+
+def _work(settings: dict[str, Any]) -> None:
+    task: FitTask = settings["task"]
+    compute: ComputeConfig = settings["compute"]
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    device = ray.train.torch.get_device()
+    torch.set_num_threads(compute.threads or max(1, int(compute.cpus_per_worker)))
+    learner = make_learner(task, device=device, precision=compute.precision, average=_average if world > 1 else None)
+    reporter = _Reporter(learner, task, compute, settings["queue"], rank)
+    first = 0
+    kept = ray.train.get_checkpoint()
+    if kept is not None:
+        with kept.as_directory() as folder:
+            first = reporter.resume(torch.load(os.path.join(folder, _STATE), map_location=device, weights_only=True))
+    if first == task.steps:
+        reporter.save(first)
+        return
+    batches = {
+        name: streams.read(
+            settings["streams"][name],
+            settings["actors"][rank::world],
+            first=first * task.learner.batch * world + rank,
+            every=world,
+            batch=task.learner.batch,
+            ahead=compute.ahead,
+            device=device,
+        )
+        for name in learner.streams
+    }
+    loop(learner, batches, task, first=first, rank=rank, on_step=reporter)
+
+
+def _average(parameters: list[nn.Parameter]) -> None:
+    """Replace gradients by their mean over all workers, in one message."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in gradients])
+    torch.distributed.all_reduce(flat)
+    flat /= torch.distributed.get_world_size()
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+def _agree(due: bool) -> bool:
+    """What the first worker says; clocks differ, and all must save together."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return due
+    flag = torch.tensor(int(due), device=ray.train.torch.get_device())
+    torch.distributed.broadcast(flag, src=0)
+    return bool(flag.item())
+
+
+class _Listening:
+    """Hands the queue's rows to a function from a thread of its own."""
+
+    def __init__(self, queue: Queue, on_progress: Callable[[Row], None]) -> None:
+        self.queue, self.on_progress, self.over = queue, on_progress, threading.Event()
+        self.thread = threading.Thread(target=self._listen, daemon=True)
+
+    def __enter__(self) -> None:
+        self.thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        self.thread.join()
+
+    def _listen(self) -> None:
+        while True:
+            over = self.over.is_set()
+            try:
+                self.on_progress(self.queue.get(timeout=0.5))
+            except Empty:
+                if over:
+                    return
+
+
+def _cause(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__
+
+
+def _move(source: Path, destination: Path) -> None:
+    temporary = destination.with_name(f".{destination.name}.{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(source, temporary)
+    shutil.rmtree(destination, ignore_errors=True)
+    temporary.rename(destination)
