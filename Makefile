@@ -1,4 +1,4 @@
-# make setup | demo | test | lint | format | types | clean
+# make setup | demo | test | lint | format | types | docs | clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
@@ -6,7 +6,7 @@ STAMP := .venv/.onelabel-setup
 CODE := onelabel configs imaging models tasks cluster orchestrator
 SUBPACKAGES := $(filter-out onelabel,$(CODE))
 
-.PHONY: setup demo test lint format types clean
+.PHONY: setup demo test lint format types docs clean
 
 setup: $(STAMP)
 
@@ -38,6 +38,10 @@ types: setup
 	ln -s $(foreach file,__init__.py errors.py py.typed,$(CURDIR)/onelabel/$(file)) build/types/onelabel/
 	ln -s $(addprefix $(CURDIR)/,$(SUBPACKAGES)) build/types/onelabel/
 	$(BIN)/mypy build/types/onelabel
+
+docs: setup
+	mkdir -p build
+	$(BIN)/python -m onelabel.configs.document > build/configuration.md && mv build/configuration.md docs/
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -6,9 +6,9 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 
 class Base(BaseModel):
-    """Frozen; an unknown key is an error."""
+    """Frozen; an unknown key, or a number that is not finite, is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 def _ordered(value: tuple[float, float]) -> tuple[float, float]:
@@ -22,9 +22,12 @@ def _pair(value: object) -> object:
 
 
 Range = Annotated[tuple[float, float], AfterValidator(_ordered)]
-Counts = Annotated[tuple[int, int], BeforeValidator(_pair), AfterValidator(_ordered)]
+Count = Annotated[int, Field(ge=1, le=100)]
+Counts = Annotated[tuple[Count, Count], BeforeValidator(_pair), AfterValidator(_ordered)]
 Probability = Annotated[float, Field(ge=0, le=1)]
+Shares = Annotated[tuple[Probability, Probability], AfterValidator(_ordered)]
 Positive = Annotated[float, Field(ge=0)]
+Length = Annotated[float, Field(gt=0)]
 
 
 class BinsConfig(Base):
@@ -43,7 +46,7 @@ class DeformConfig(Base):
     scale: Range = Field((0.85, 1.15), description="scaling of each axis")
     shear: Positive = Field(0.08, description="largest shear")
     warp_mm: Range = Field((0, 8), description="largest displacement of the smooth warp, in mm")
-    warp_spacing_mm: tuple[Positive, ...] = Field((80, 40, 20), description="control-point spacings of the warp, in mm")
+    warp_spacing_mm: tuple[Length, ...] = Field((80, 40, 20), description="control-point spacings of the warp, in mm")
     flip: Probability = Field(0.5, description="chance of a left-right flip")
 
 
@@ -67,7 +70,7 @@ class BiasConfig(Base):
     """A smooth multiplicative field."""
 
     probability: Probability = Field(0.9, description="how often")
-    strength: Range = Field((0, 0.6), description="how much the field darkens at most, as a share")
+    strength: Shares = Field((0, 0.6), description="how much the field darkens at most, as a share")
     points: Counts = Field((2, 4), description="control points along each axis")
 
 
@@ -104,7 +107,7 @@ class CropConfig(Base):
     """A field of view that ends early along one axis."""
 
     probability: Probability = Field(0.3, description="how often")
-    share: Range = Field((0, 0.3), description="share of the axis that is lost")
+    share: Shares = Field((0, 0.3), description="share of the axis that is lost")
 
 
 class AugmentConfig(Base):

@@ -1,7 +1,8 @@
 """YAML files stacked left to right, then `key=value` overrides; and back to YAML for the record."""
 
-import difflib
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ def load(items: Sequence[str]) -> RunConfig:
     ----------
     items : YAML files or preset names (`singlestrip`), and `dotted.key=value`, in any order. Later ones win. A list is
         replaced as a whole by a list, or changed in place by a mapping from index to changes; the index `*` stands for
-        all items, and its mappings change only what an item has.
+        all items, and leaves alone what is null in an item, such as its ranker.
 
     Raises
     ------
@@ -29,7 +30,8 @@ def load(items: Sequence[str]) -> RunConfig:
     """
     merged: Any = {}
     for item in items:
-        merged = _merge(merged, _override(item) if "=" in item else _read(item))
+        settings = _override(item) if "=" in item and not Path(item).is_file() else _read(item)
+        merged = _merge(merged, settings, [RunConfig])
     return parse(merged)
 
 
@@ -42,14 +44,18 @@ def parse(settings: Any) -> RunConfig:
 
 
 def dump(config: BaseModel, path: Path) -> None:
-    """Write all settings, defaults included, as YAML."""
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    """Write all settings, defaults included, as YAML; the file appears under its name only when it is complete."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    os.replace(unfinished, path)
 
 
 def _read(item: str) -> Any:
     path = Path(item)
-    if not path.is_file() and (PRESETS / f"{path.name.removesuffix('.yaml')}.yaml").is_file():
-        path = PRESETS / f"{path.name.removesuffix('.yaml')}.yaml"
+    preset = PRESETS / f"{path.name.removesuffix('.yaml')}.yaml"
+    # Only a bare name is a preset: a mistyped folder must not give another config than the one meant.
+    if not path.is_file() and path.name == item and preset.is_file():
+        path = preset
     try:
         content = yaml.safe_load(path.read_text())
     except OSError as error:
@@ -69,64 +75,102 @@ def _override(item: str) -> Any:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         value = text
-    for part in reversed(key.strip().split(".")):
+    parts = key.strip().split(".")
+    if not all(parts):
+        raise ConfigError(f"override '{item}' must read dotted.key=value")
+    for part in reversed(parts):
         value = {part: value}
     return value
 
 
-def _merge(base: Any, over: Any) -> Any:
+def _merge(base: Any, over: Any, models: list[type[BaseModel]]) -> Any:
+    """Put settings over others; models are those that may stand there."""
     if isinstance(base, list) and isinstance(over, dict):
         result = list(base)
         for key, change in over.items():
             if key == "*":
-                result = [_merge(item, _applicable(item, change)) for item in result]
+                result = [_merge(item, _applicable(item, change, models), models) for item in result]
             else:
-                result[_index(key, base)] = _merge(base[_index(key, base)], change)
+                result[_index(key, base)] = _merge(result[_index(key, base)], change, models)
         return result
     if isinstance(base, dict) and isinstance(over, dict):
+        kind = base.get("type")
         # A union that changes its type starts afresh.
-        if "type" in over and over["type"] != base.get("type", over["type"]):
+        if kind is not None and kind in [_tag(model) for model in models] and over.get("type", kind) != kind:
             return over
-        return base | {key: _merge(base.get(key), value) for key, value in over.items()}
+        return base | {key: _merge(base.get(key), value, _under(models, key)) for key, value in over.items()}
     return over
 
 
-def _applicable(item: Any, change: Any) -> Any:
-    """Of a change to all items of a list what applies to this one: a mapping changes only what is there."""
+def _applicable(item: Any, change: Any, models: list[type[BaseModel]]) -> Any:
+    """Of a change to all items of a list what applies to this one: a part that is null there stays null."""
     if not isinstance(item, dict) or not isinstance(change, dict):
         return change
-    kept = {key: value for key, value in change.items() if not isinstance(value, dict) or item.get(key) is not None}
-    return {key: _applicable(item.get(key), value) for key, value in kept.items()}
+    nulls = {key for model in models for key, field in model.model_fields.items() if field.default is None}
+    absent = {key for key in nulls if item.get(key) is None and isinstance(change.get(key), dict)}
+    kept = {key: value for key, value in change.items() if key not in absent}
+    return {key: _applicable(item.get(key), value, _under(models, key)) for key, value in kept.items()}
+
+
+def _under(models: list[type[BaseModel]], key: Any) -> list[type[BaseModel]]:
+    """The models under a key of these; the same ones where the key is an index or a name."""
+    fields = [model.model_fields[key] for model in models if key in model.model_fields]
+    return [below for field in fields for below in models_in(field.annotation)] or models
 
 
 def _index(key: Any, items: list[Any]) -> int:
-    if not str(key).isdigit() or int(key) >= len(items):
+    if not str(key).isdecimal() or int(key) >= len(items):
         raise ConfigError(f"'{key}' is no place in a list of {len(items)}; use 0 to {len(items) - 1}, or * for all")
     return int(key)
 
 
 def _sentence(error: ValidationError) -> str:
-    first = error.errors()[0]
-    place = [part for part in first["loc"] if part not in _TAGS]
-    dotted = ".".join(str(part) for part in place)
+    # A key that is missing may only be misspelt.
+    first = min(error.errors(), key=lambda fault: fault["type"] != "extra_forbidden")
+    place, models = _locate(first["loc"])
+    dotted = ".".join(place)
     if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(place[-1]), sorted(_known_keys()), n=1, cutoff=0.0)
-        return f"unknown config key '{dotted}'; the nearest known key is '{near[0]}'"
+        return f"unknown config key '{dotted}'; the nearest known key is '{_nearest(place, models)}'"
     if first["type"] == "missing":
         return f"config key '{dotted}' is missing; set it in a file or as {dotted}=VALUE"
+    if first["type"] == "union_tag_not_found":
+        return f"config key '{dotted}.type' is missing; say which kind it is"
     message = first["msg"].removeprefix("Value error, ")
     return f"config key '{dotted}' = {first['input']!r}: {message}" if dotted else f"config: {message}"
 
 
-def _known_keys() -> set[str]:
-    keys: set[str] = set()
-    waiting: list[type[BaseModel]] = [RunConfig]
-    while waiting:
-        model = waiting.pop()
-        for name, field in model.model_fields.items():
-            keys.add(name)
-            waiting += [m for m in models_in(field.annotation) if m is not model]
-    return keys
+def _locate(loc: tuple[str | int, ...]) -> tuple[list[str], list[type[BaseModel]]]:
+    """The key that an error is about, without the names of union members, and the models that may stand there."""
+    place: list[str] = []
+    models: list[type[BaseModel]] = [RunConfig]
+    for part in loc:
+        members = [model for model in models if len(models) > 1 and _tag(model) == part]
+        if not members:
+            place.append(str(part))
+        models = members or _under(models, part)
+    return place, models
+
+
+def _nearest(place: list[str], models: list[type[BaseModel]]) -> str:
+    """The known key most like an unknown one: at its own level, else anywhere, else at its own level after all."""
+    *above, key = place
+    beside = {name: ".".join([*above, name]) for model in models for name in model.model_fields}
+    anywhere: dict[str, str] = {}
+    for name, dotted in sorted(_dotted(RunConfig, ""), key=lambda found: found[1].count(".")):
+        anywhere.setdefault(name, dotted)
+    for names, cutoff in ((beside, 0.6), (anywhere, 0.8), (beside, 0.0)):
+        if near := get_close_matches(key, sorted(names), n=1, cutoff=cutoff):
+            return names[near[0]]
+    return ".".join([*above, min(beside)])
+
+
+def _dotted(model: type[BaseModel], place: str) -> Iterator[tuple[str, str]]:
+    """All keys under a model, by name and with the way there; `*` stands for any item."""
+    for name, field in model.model_fields.items():
+        yield name, place + name
+        items = {tuple: "*.", dict: "*.*."}.get(getattr(field.annotation, "__origin__", None), "")
+        for below in models_in(field.annotation):
+            yield from _dotted(below, f"{place}{name}.{items}")
 
 
 def models_in(annotation: Any) -> list[type[BaseModel]]:
@@ -136,4 +180,7 @@ def models_in(annotation: Any) -> list[type[BaseModel]]:
     return [m for argument in getattr(annotation, "__args__", ()) for m in models_in(argument)]
 
 
-_TAGS = {"supervised", "autoencoder", "unet", "top_k"}
+def _tag(model: type[BaseModel]) -> str | None:
+    """What `type` must say for this member of a union."""
+    field = model.model_fields.get("type")
+    return None if field is None else field.default

@@ -18,6 +18,7 @@ def _as_source(value: object) -> object:
 Spacing = Annotated[tuple[float, float, float], BeforeValidator(_per_axis)]
 Size = Annotated[tuple[int, int, int], BeforeValidator(_per_axis)]
 Share = Annotated[float, Field(gt=0, le=1)]
+Channels = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -58,7 +59,7 @@ class UNetConfig(Base):
 
     type: Literal["unet"] = "unet"
     dims: Literal[2, 3] = Field(3, description="2 for networks over slices, 3 for volumes")
-    channels: tuple[int, ...] = Field((16, 32, 64, 64), description="feature channels, finest level first")
+    channels: Channels = Field((16, 32, 64, 64), description="feature channels, finest level first")
     convs: int = Field(1, ge=1, description="convolutions a level and direction")
     patch: int = Field(2, ge=1, description="stride of the stem: features live on a grid this much coarser")
     norm: Literal["batch", "instance", "group", "none"] = Field("instance", description="normalisation of features")
@@ -135,6 +136,9 @@ class StreamConfig(Base):
     deform: DeformConfig | None = Field(None, description="deformation of this stream; null: `synthesis.deform`")
 
 
+Ingredients = Annotated[tuple[StreamConfig, ...], Field(min_length=1)]
+
+
 class AutoencoderRankerConfig(Base):
     """Dice between a mask and its reconstruction by an autoencoder fitted on the labelled masks."""
 
@@ -163,7 +167,7 @@ class StageConfig(Base):
     steps: int = Field(ge=1, description="optimiser steps a round")
     start: Literal["scratch", "previous"] = Field("previous", description="initial weights")
     learner: LearnerConfig = Field(SupervisedConfig(), description="the method")
-    streams: dict[str, tuple[StreamConfig, ...]] = Field(description="what the learner reads, by its stream names")
+    streams: dict[str, Ingredients] = Field(description="what the learner reads, by its stream names")
     ranker: AutoencoderRankerConfig | None = Field(None, description="scores the cohort's masks; null: no scoring")
     select: TopKConfig = Field(TopKConfig(), description="which scored masks the next round learns from")
 
@@ -197,7 +201,7 @@ class TrackingConfig(Base):
 class RunConfig(Base):
     """One run."""
 
-    name: str = Field(pattern=r"^[\w.-]+$", description="folder of the run under `storage`")
+    name: str = Field(pattern=r"^\w[\w.-]*$", description="folder of the run under `storage`")
     seed: int = Field(0, ge=0, description="seed of everything random")
     storage: str = Field("runs", description="folder of all runs")
     data: DataConfig = Field(description="the scans")

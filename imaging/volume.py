@@ -40,7 +40,8 @@ _UNREADABLE = (
     EOFError,
     zlib.error,
     ValueError,
-    KeyError,  # an MGZ header with an unknown type of voxel
+    KeyError,  # an unknown type of voxel in an MGZ header
+    TypeError,  # fewer voxels than the header says
     OverflowError,
     MemoryError,
 )
@@ -102,7 +103,7 @@ def load(path: str | Path, /, *, labels: bool = False) -> Volume:
     path = Path(path)
     image = _open(path)
     try:
-        with np.errstate(over="ignore", invalid="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is not finite, and checked below
             data = np.asarray(image.dataobj, dtype=None if labels else np.float32)
     except _UNREADABLE as error:
         raise DataError(f"{path} cannot be read to its end ({error}): it is damaged, get it again.") from error
@@ -300,7 +301,8 @@ def _spacing(affine: NDArray[np.float64]) -> NDArray[np.float64]:
 def _open(path: Path) -> SpatialImage:
     """Read the header of an image."""
     try:
-        image = nib.load(path, mmap=False)
+        with np.errstate(over="ignore", invalid="ignore"):  # in the affine, which is checked later
+            image = nib.load(path, mmap=False)
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist: check the path.") from error
     except _UNREADABLE as error:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 import subprocess
 from dataclasses import asdict, dataclass, field
@@ -64,7 +65,7 @@ def load(path: Path, /) -> tuple[nn.Module, Meta]:
         config: Any = TypeAdapter(NetworkConfig).validate_python(meta.network)
         network = networks.build(config)
         network.load_state_dict(torch.load(folder / _WEIGHTS, map_location="cpu", weights_only=True))
-    except (OSError, ValueError, TypeError, RuntimeError) as error:
+    except (OSError, EOFError, ValueError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"checkpoint '{folder}' cannot be read ({reason}); train it again") from None
     return network.eval(), meta
@@ -79,10 +80,11 @@ def load_segmenter(path: Path, /) -> tuple[nn.Module, Meta]:
 
 
 def find(path: Path, /) -> Path:
-    """The checkpoint folder itself, or that of the last finished round in a run's folder."""
+    """The checkpoint folder itself, or that of the last trained round in a run's folder."""
     if (path / _META).is_file():
         return path
-    found = sorted(path.glob(f"round-*/checkpoint/{_META}"))
+    # By length first: round-100 comes after round-99.
+    found = sorted(path.glob(f"round-*/checkpoint/{_META}"), key=lambda meta: (len(str(meta)), meta))
     if not found:
         raise CheckpointError(f"no checkpoint at '{path}'; give a checkpoint folder or the folder of a run")
     return found[-1].parent

@@ -41,8 +41,8 @@ def run(config: RunConfig, /) -> Outcome:
     """
     cohorts, folder = open_cohorts(config), open_folder(config)
     rounds = plan(config, folder)
-    with runtime.connect(config.compute), Tracker(config, folder) as tracker:
-        resources.check(resources.of_stage(config.compute), wait_s=config.compute.wait_s)
+    with runtime.connect(config.compute) as joined, Tracker(config, folder) as tracker:
+        resources.check(resources.of_stage(config.compute), wait_s=config.compute.wait_s if joined else 0)
         work = Work(config, cohorts, folder, tracker)
         previous = selection = None
         for now in rounds:

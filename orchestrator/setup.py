@@ -10,6 +10,7 @@ from onelabel.configs.load import dump
 from onelabel.configs.schema import RunConfig, Source
 from onelabel.errors import ClusterError, ConfigError, DataError, OnelabelError
 from onelabel.imaging import volume
+from onelabel.models.learners import LEARNERS
 from onelabel.tasks.cohort import Cohort, open_cohort
 
 _RECORD = "config.yaml"
@@ -38,9 +39,16 @@ def open_cohorts(config: RunConfig, /) -> Cohorts:
 
     Raises
     ------
-    ConfigError : k larger than the cohort.
+    ConfigError : k larger than the cohort, or streams that the stage's learner does not read.
     DataError : a source that names nothing, or a labelled scan that cannot be used.
     """
+    for stage in config.stages:
+        read = LEARNERS[stage.learner.type].streams
+        if set(stage.streams) != set(read):
+            raise ConfigError(
+                f"stage '{stage.name}' has streams named {', '.join(stage.streams) or 'nothing'}, but its learner"
+                f" '{stage.learner.type}' reads {', '.join(read)}; rename them"
+            )
     labelled = _open(config.data.labelled, labels=True)
     for row in labelled.rows():
         try:

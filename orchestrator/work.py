@@ -21,9 +21,10 @@ from onelabel.orchestrator.console import bar
 from onelabel.orchestrator.rounds import Round, pseudo_labels
 from onelabel.orchestrator.setup import Cohorts
 from onelabel.orchestrator.tracking import RoundTracker, Tracker
-from onelabel.tasks import streams, train
+from onelabel.tasks import streams
+from onelabel.tasks import score as scoring
 from onelabel.tasks.cohort import Cohort
-from onelabel.tasks.score import ScoreTask, score
+from onelabel.tasks.train import FitTask, Row, fit
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class Work:
                 raise DataError(f"no usable mask was left for {now.name} to learn from; train the rounds before longer")
             scans["selected"] = self._scans(f"selected for {now.name}", pseudo_labels(selection))
         learner, network, seed = now.stage.learner, self.config.network, derive(self.config.seed, now.index)
-        task = train.FitTask(
+        task = FitTask(
             *(learner, network, now.stage.steps, seed, self._meta(network.model_dump(mode="json"), learner.type, seed)),
             initial=initial,
             round=now.number,
@@ -72,9 +73,11 @@ class Work:
         if found is None:
             fitted = self._ranker(ranker) if ranker else None
             log.info("%s: %s of %d scans", now.name, name, len(cohort))
-            task = ScoreTask(now.checkpoint, fitted, now.folder / ("masks" if name == "scores" else f"{name}-masks"))
+            task = scoring.ScoreTask(
+                now.checkpoint, fitted, now.folder / ("masks" if name == "scores" else f"{name}-masks")
+            )
             with self._timed("scoring"):
-                found = score(cohort, task, compute=self.config.compute)
+                found = scoring.score(cohort, task, compute=self.config.compute)
             now.write_table(name, found)
         return found
 
@@ -101,9 +104,7 @@ class Work:
             out.parent.mkdir(exist_ok=True)
             seed = derive(self.config.seed, "ranker")
             meta = self._meta(config.network.model_dump(mode="json"), config.learner.type, seed)
-            task = train.FitTask(
-                config.learner, config.network, config.steps, seed, meta, every=self.config.tracking.every
-            )
+            task = FitTask(config.learner, config.network, config.steps, seed, meta, every=self.config.tracking.every)
             source = {"train": (StreamConfig(type="mask", deform=config.deform),)}
             scans = {"labelled": self._scans("labelled", self.cohorts.labelled)}
             name = f"ranker {config.type}"
@@ -113,12 +114,12 @@ class Work:
 
     def _fit(
         self,
-        task: train.FitTask,
+        task: FitTask,
         sources: Mapping[str, tuple[StreamConfig, ...]],
         scans: Mapping[str, Scans],
         out: Path,
         name: str,
-        log_losses: Callable[[train.Row], None],
+        log_losses: Callable[[Row], None],
     ) -> dict[str, float]:
         """Train while a progress bar and MLflow listen."""
         built = {
@@ -127,12 +128,12 @@ class Work:
         }
         with bar(name, task.steps) as progress:
 
-            def listen(row: train.Row) -> None:
+            def listen(row: Row) -> None:
                 log_losses(row)
                 progress.update(int(row["step"]), loss=row["loss"], waiting=row["wait_share"])
 
             folder = out.with_name(f"{out.name}.training")
-            figures = train.fit(task, built, compute=self.config.compute, folder=folder, out=out, on_progress=listen)
+            figures = fit(task, built, compute=self.config.compute, folder=folder, out=out, on_progress=listen)
         self.seconds["training"] += figures["seconds"]
         return figures
 

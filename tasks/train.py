@@ -79,28 +79,14 @@ def fit(
     """
     pool = SynthPool(compute.synth_actors * compute.train_workers, gpus=compute.synth_gpus)
     queue = Queue(actor_options={"num_cpus": 0})
-    trainer = TorchTrainer(
-        _work,
-        train_loop_config={
-            "task": task,
-            "compute": compute,
-            "streams": {name: ray.put(stream) for name, stream in sources.items()},
-            "actors": pool.actors,
-            "queue": queue,
-        },
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=compute.train_workers,
-            use_gpu=compute.gpus_per_worker > 0,
-            resources_per_worker={"CPU": compute.cpus_per_worker}
-            | ({"GPU": compute.gpus_per_worker} if compute.gpus_per_worker else {}),
-        ),
-        run_config=ray.train.RunConfig(
-            name=folder.name,
-            storage_path=str(folder.parent.resolve()),
-            failure_config=ray.train.FailureConfig(max_failures=3),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
-        ),
-    )
+    settings = {
+        "task": task,
+        "compute": compute,
+        "streams": {name: ray.put(stream) for name, stream in sources.items()},
+        "actors": pool.actors,
+        "queue": queue,
+    }
+    trainer = _trainer(settings, compute, folder)
     try:
         with _Listening(queue, on_progress):
             result = trainer.fit()
@@ -113,6 +99,25 @@ def fit(
         _move(Path(kept) / _WEIGHTS, out)
     shutil.rmtree(folder, ignore_errors=True)
     return {key: result.metrics[key] for key in ("seconds", "steps_per_s", "wait_share")}
+
+
+def _trainer(settings: dict[str, Any], compute: ComputeConfig, folder: Path) -> TorchTrainer:
+    resources = {"CPU": compute.cpus_per_worker}
+    if compute.gpus_per_worker:
+        resources["GPU"] = compute.gpus_per_worker
+    return TorchTrainer(
+        _work,
+        train_loop_config=settings,
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=compute.train_workers, use_gpu=compute.gpus_per_worker > 0, resources_per_worker=resources
+        ),
+        run_config=ray.train.RunConfig(
+            name=folder.name,
+            storage_path=str(folder.parent.resolve()),
+            failure_config=ray.train.FailureConfig(max_failures=3),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
+        ),
+    )
 
 
 def loop(

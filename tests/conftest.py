@@ -15,9 +15,10 @@ REPO = Path(__file__).parent.parent
 
 @pytest.fixture(autouse=True)
 def seeds() -> None:
-    """The same global seeds before every test: networks are initialised from them."""
+    """The same global seeds before every test, from which networks are initialised; and one thread."""
     import torch
 
+    torch.set_num_threads(1)
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002  libraries below may draw from it
     torch.manual_seed(0)

@@ -34,7 +34,7 @@ class Autoencoder(nn.Module):
         first, *rest = blocks
         self.decoder = nn.Sequential(
             _block(config, config.latent, w, 2, up=True),
-            *[_block(config, after, before, stride, up=True) for before, after, stride in reversed(rest)],
+            *(_block(config, after, before, stride, up=True) for before, after, stride in reversed(rest)),
             _conv(config, first[1], config.classes, 2, up=True),
         )
         for module in self.modules():
@@ -48,7 +48,7 @@ class Autoencoder(nn.Module):
 
 
 def fit_to(mask: Tensor, edge: int, /) -> Tensor:
-    """Pad with zeros or crop, centred, so that every axis after the first has length `edge`: (B, *any) -> (B, *edge)."""
+    """Pad with zeros or crop, centred, to length `edge` on every axis after the first: (B, *any) -> (B, *edge)."""
     pads: list[int] = []
     for length in reversed(mask.shape[1:]):
         before = (edge - length) // 2

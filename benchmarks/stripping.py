@@ -1,0 +1,110 @@
+"""Self-training from one label against training on all labels, on real heads.
+
+python benchmarks/stripping.py DATA [--storage runs] [key=value ...]
+
+DATA holds ixi/ (participants.csv with columns key, split, image, mask; splits labelled, unlabelled, test) and
+contrasts/ (participants.csv with columns key, contrast, image, mask). Trains `singlestrip` from the one labelled scan
+and `supervised` on the masks of the unlabelled pool for as many steps in all, scores every round on the test heads in
+their own grids, strips the other contrasts with the last round's network, and prints Markdown. Runs resume where they
+were cut off.
+"""
+
+import argparse
+import csv
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onelabel.configs.load import load
+from onelabel.configs.schema import RunConfig
+from onelabel.orchestrator.driver import run
+from onelabel.orchestrator.evaluate import evaluate
+from onelabel.tasks.strip import strip
+
+
+def main() -> None:
+    """Run, score, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--storage", default="runs")
+    parser.add_argument("settings", nargs="*", help="key=value for both runs")
+    options = parser.parse_args()
+    common = [f"storage={options.storage}", "compute.threads=2", *options.settings]
+    one = load(["singlestrip", "name=ixi-one-label", *_split(options.data, labelled="labelled", rank=True), *common])
+    steps = sum(stage.steps * stage.rounds for stage in one.stages)
+    every = load(
+        [
+            "supervised",
+            "name=ixi-all-labels",
+            f"stages.0.steps={steps}",
+            *_split(options.data, labelled="unlabelled"),
+            *common,
+        ]
+    )
+    sections = [_test_table(one, "one label"), _test_table(every, "all labels")]
+    for config in (one, every):
+        sections.append(_contrasts(config, options.data / "contrasts"))
+    sys.stdout.write("\n\n".join(sections) + "\n")
+
+
+def _split(data: Path, *, labelled: str, rank: bool = False) -> list[str]:
+    manifest = data / "ixi" / "participants.csv"
+    wanted = {"labelled": labelled, "test": "test"} | ({"unlabelled": "unlabelled"} if rank else {})
+    return [
+        setting
+        for part, split in wanted.items()
+        for setting in (
+            f"data.{part}.path={manifest}",
+            f"data.{part}.where.split={split}",
+            f"data.{part}.label_column=mask",
+        )
+    ]
+
+
+def _test_table(config: RunConfig, title: str) -> str:
+    lines = [
+        f"| {title}: round | steps | training, min | test Dice mean | worst | HD95, mm | pool Dice mean | selected Dice mean | "
+        "Spearman | waiting for data |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    stages = [stage for stage in config.stages for _ in range(stage.rounds)]
+    for stage, metrics in zip(stages, run(config).rounds, strict=True):
+        test, pool, chosen = (metrics.get(name, {}) for name in ("test", "unlabelled", "selection"))
+        cells: list[Any] = [metrics["stage"], stage.steps, _number(metrics["training"].get("seconds", np.nan) / 60, 1)]
+        cells += [
+            _number(test[key], places) for key, places in (("dice_mean", 4), ("dice_min", 4), ("hd95_mm_mean", 2))
+        ]
+        cells += [_number(part.get("dice_mean"), 4) for part in (pool, chosen)]
+        cells += [
+            _number(pool.get("rank_correlation"), 2),
+            _number(100 * metrics["training"].get("wait_share", np.nan), 1) + " %",
+        ]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def _contrasts(config: RunConfig, data: Path) -> str:
+    folder = Path(config.storage) / config.name
+    out = folder / "contrasts"
+    strip([str(data / "participants.csv")], out=out, checkpoint=folder)
+    with (data / "participants.csv").open() as file:
+        contrast = {row["key"]: row["contrast"] for row in csv.DictReader(file)}
+    rows = evaluate(str(out), str(data / "participants.csv"))
+    groups: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        groups[contrast[row["key"]]].append(row["dice"] if row["dice"] is not None else 0.0)
+    lines = [f"| {config.name}: contrast | scans | Dice mean | worst |", "|---|---|---|---|"]
+    for name, dice in [*sorted(groups.items()), ("all", [value for part in groups.values() for value in part])]:
+        lines.append(f"| {name} | {len(dice)} | {np.mean(dice):.4f} | {min(dice):.4f} |")
+    return "\n".join(lines)
+
+
+def _number(value: float | None, places: int) -> str:
+    return "" if value is None or not np.isfinite(value) else f"{value:.{places}f}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""A run's demand against the cluster: an actor that cannot be placed would wait in silence."""
+
+import logging
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import ray
+from ray.autoscaler.sdk import request_resources
+
+from onelabel.configs.schema import ComputeConfig
+from onelabel.errors import ClusterError
+
+log = logging.getLogger(__name__)
+
+Bundle = Mapping[str, float]
+_LOOK_S = 2
+_TELL_S = 30
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What runs at the same time.
+
+    bundles : resources of each process; change : settings by which the demand is made smaller
+    """
+
+    name: str
+    bundles: tuple[Bundle, ...]
+    change: str
+
+    def total(self, resource: str, /) -> float:
+        """All bundles' share of a resource, such as `CPU`."""
+        return math.fsum(bundle.get(resource, 0) for bundle in self.bundles)
+
+
+def of_stage(compute: ComputeConfig, /) -> list[Demand]:
+    """What training and scoring take, which follow each other."""
+    worker = {"CPU": compute.cpus_per_worker, "GPU": compute.gpus_per_worker}
+    synthesis = {"CPU": 1.0, "GPU": compute.synth_gpus}
+    scorer = {"CPU": 1.0, "GPU": compute.score_gpus}
+    return [
+        Demand(
+            "training",
+            (worker,) * compute.train_workers + (synthesis,) * (compute.synth_actors * compute.train_workers),
+            "compute.train_workers, compute.cpus_per_worker, compute.gpus_per_worker or compute.synth_actors",
+        ),
+        Demand("scoring", (scorer,) * compute.score_actors, "compute.score_actors or compute.score_gpus"),
+    ]
+
+
+def check(demands: Sequence[Demand], /, *, wait_s: float) -> None:
+    """Return once the nodes, were they idle, could hold each demand.
+
+    Parameters
+    ----------
+    demands : each by itself
+    wait_s : how long nodes may still be added; an autoscaler is asked for them. 0: it is now or never.
+
+    Raises
+    ------
+    ClusterError : what is asked for, what is there and what to change.
+    """
+    begin = told = time.monotonic()
+    asked = False
+    try:
+        while unmet := [demand for demand in demands if not fits(demand.bundles, _nodes())]:
+            now = time.monotonic()
+            if now - begin >= wait_s:
+                raise ClusterError(f"{_sentence(unmet[0], _nodes())}; lower {unmet[0].change}, or add nodes")
+            if not asked:
+                request_resources(bundles=[dict(bundle) for bundle in unmet[0].bundles])
+            if not asked or now - told >= _TELL_S:
+                log.warning("%s; waiting %.0f s for more nodes", _sentence(unmet[0], _nodes()), begin + wait_s - now)
+                told = now
+            asked = True
+            time.sleep(min(_LOOK_S, max(0.0, begin + wait_s - now)))
+    finally:
+        if asked:
+            request_resources(bundles=[])
+
+
+def fits(bundles: Sequence[Bundle], nodes: Sequence[Bundle], /) -> bool:
+    """Whether nodes with these resources hold all bundles at once: the largest first, each where there is room."""
+    room = [dict(node) for node in nodes]
+    for bundle in sorted(bundles, key=lambda b: (b.get("GPU", 0), b.get("CPU", 0)), reverse=True):
+        for node in room:
+            if all(node.get(name, 0) >= amount - 1e-6 for name, amount in bundle.items()):
+                for name, amount in bundle.items():
+                    node[name] = node.get(name, 0) - amount
+                break
+        else:
+            return False
+    return True
+
+
+def _nodes() -> list[Bundle]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _sentence(demand: Demand, nodes: Sequence[Bundle]) -> str:
+    wanted = [name for name in ("CPU", "GPU") if demand.total(name)]
+    needs = " and ".join(
+        f"{demand.total(name):g} {name}s (up to {max(b.get(name, 0) for b in demand.bundles):g} in one process)"
+        for name in wanted
+    )
+    there = {name: [node.get(name, 0) for node in nodes] for name in wanted}
+    has = " and ".join(
+        f"{sum(each):g} {name}s (up to {max(each, default=0):g} on one node)" for name, each in there.items()
+    )
+    return f"{demand.name} needs {needs}, the cluster has {has}"

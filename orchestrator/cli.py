@@ -1,0 +1,168 @@
+"""The command line. Imports stand inside the commands, so that help is instant."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from onelabel import __version__
+from onelabel.errors import OnelabelError
+
+if TYPE_CHECKING:
+    from onelabel.orchestrator.driver import Outcome
+    from onelabel.orchestrator.status import RoundStatus
+
+app = typer.Typer(
+    help="Train a 3D segmentation network from one labelled scan, and know which of its masks to trust.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+_NAMED_FAILURES = 20
+_WIDE = 200
+
+
+def main() -> None:
+    """Run the command line: what a user can mend ends as one line on stderr and exit code 2."""
+    try:
+        app(prog_name="onelabel")
+    except OnelabelError as error:
+        typer.echo(" ".join(str(error).split()), err=True)
+        sys.exit(2)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"onelabel {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def prepare(
+    verbose: Annotated[bool, typer.Option("--verbose", help="Say more about what happens.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Set up what all commands share."""
+    from onelabel.orchestrator.console import set_up_logging
+
+    set_up_logging(verbose)
+
+
+@app.command()
+def run(
+    items: Annotated[
+        list[str],
+        typer.Argument(metavar="CONFIG|KEY=VALUE", help="YAML files or presets, then settings; later ones win."),
+    ],
+) -> None:
+    """Train: all stages of a configuration, or what is left of them."""
+    from onelabel.configs.load import load
+    from onelabel.orchestrator import driver
+
+    _finish(driver.run(load(items)))
+
+
+@app.command()
+def demo(
+    data: Annotated[Path | None, typer.Option(help="Folder of the demo's scans; fetched when not given.")] = None,
+    storage: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
+) -> None:
+    """Run the whole method on a few public heads."""
+    from onelabel.orchestrator import demo as demonstration
+
+    made = demonstration.run_demo(storage=storage, data=data)
+    for table in demonstration.tables(made):
+        _show(*table)
+    for what, place in demonstration.places(made):
+        typer.echo(f"{what}: {place}")
+    _finish(made.outcome)
+
+
+@app.command()
+def strip(
+    inputs: Annotated[
+        list[str], typer.Argument(metavar="INPUT", help="Scans: files, folders, globs, manifests, BIDS datasets.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the masks and strip.parquet.")],
+    checkpoint: Annotated[Path, typer.Option(help="A checkpoint folder, or the folder of a run.")],
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where the network runs.")] = "cpu",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all of them when not given.")] = None,
+) -> None:
+    """Write a mask for every scan, in the scan's own grid."""
+    from onelabel.tasks import strip as stripping
+
+    rows = stripping.strip(inputs, out=out, checkpoint=checkpoint, device=device, threads=threads)
+    failed = [row for row in rows if row["error"]]
+    typer.echo(f"{len(rows) - len(failed)} masks, {len(failed)} failed: {out / stripping.TABLE}")
+    raise typer.Exit(bool(failed))
+
+
+@app.command()
+def evaluate(
+    predictions: Annotated[str, typer.Argument(help="Masks: a folder, a glob, a manifest or one file.")],
+    truth: Annotated[str, typer.Argument(help="True masks, given likewise.")],
+    out: Annotated[Path, typer.Option(help="Table to write, .parquet or .csv.")],
+) -> None:
+    """Measure masks against the truth, scan by scan."""
+    from onelabel.orchestrator import evaluate as evaluating
+
+    evaluating.check_target(out)
+    rows = evaluating.evaluate(predictions, truth)
+    evaluating.write(rows, out)
+    errors = [row for row in rows if row["error"]]
+    for row in errors[:_NAMED_FAILURES]:
+        typer.echo(f"{row['key']}: {row['error']}", err=True)
+    figures = evaluating.summarise(rows)
+    if figures:
+        columns = ("mean", "median", "worst")
+        _show("Agreement", ("", *columns), [(name, *(part[c] for c in columns)) for name, part in figures.items()])
+    misses = sum(bool(row["miss"]) for row in rows)
+    typer.echo(f"{len(rows)} scans, {misses} misses, {len(errors)} errors: {out}")
+    raise typer.Exit(bool(errors))
+
+
+@app.command()
+def status(folder: Annotated[Path, typer.Argument(help="Folder of a run.")]) -> None:
+    """Show how far a run is, and how good."""
+    from onelabel.orchestrator.status import read
+
+    _show_rounds(read(folder))
+
+
+def _finish(outcome: "Outcome") -> None:
+    """What a run came to, and the exit code."""
+    from onelabel.orchestrator.status import read
+
+    _show_rounds(read(outcome.folder))
+    typer.echo(f"folder: {outcome.folder}")
+    typer.echo(f"losses and measures: {outcome.mlflow_command}")
+    if outcome.failures:
+        typer.echo(f"{outcome.failures} scans failed: their rows in scores.parquet say why", err=True)
+    raise typer.Exit(bool(outcome.failures))
+
+
+def _show_rounds(rounds: "Sequence[RoundStatus]") -> None:
+    figures = {"selected\nscore": ("selection", "score_mean")} | {
+        f"{cohort}\n{part} Dice": (cohort, measure)
+        for cohort in ("test", "unlabelled")
+        for part, measure in (("mean", "dice_mean"), ("worst", "dice_min"))
+    }
+    rows = [
+        (now.name, now.stage, now.steps, now.state, *(now.figure(*place) for place in figures.values()))
+        for now in rounds
+    ]
+    _show("Rounds", ("round", "stage", "steps", "state", *figures), rows)
+
+
+def _show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    from rich.console import Console
+
+    from onelabel.orchestrator.console import table
+
+    # A file or a pipe has no width to fit into.
+    Console(width=None if sys.stdout.isatty() else _WIDE).print(table(title, columns, rows))

@@ -1,0 +1,206 @@
+"""Pictures of masks, to be judged at a glance."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from numpy.typing import NDArray
+
+from onelabel.errors import DataError
+from onelabel.imaging import volume
+
+Row = Mapping[str, Any]  # key, image, mask; label, score, dice and error where there are such
+
+BACKGROUND, TEXT, FAINT = "#101418", "#f2f2f2", "#9aa5b1"
+MASK, TRUTH = "#ffb000", "#33ccff"
+TILE_INCHES = 3.4
+TITLE_INCHES = 0.6
+DPI = 150
+MARGIN_MM = 25  # shown around the mask: enough to see the skull
+GAP_MM = 4  # between the views of a tile
+KEY_LENGTH = 24  # characters
+
+
+@dataclass(frozen=True)
+class _View:
+    """A slice: the first axis runs to the right of the picture, the second up."""
+
+    image: NDArray[Any]
+    outlines: dict[str, NDArray[Any]]  # colour -> mask
+    edges_mm: tuple[float, float]  # of a pixel
+
+    @property
+    def size_mm(self) -> tuple[float, float]:
+        return self.image.shape[0] * self.edges_mm[0], self.image.shape[1] * self.edges_mm[1]
+
+
+def contact_sheet(rows: Sequence[Row], out: Path, /, *, title: str, columns: int = 4) -> None:
+    """Draw a tile for each scan that has a mask: coronal, sagittal and axial slice through the mask's centre.
+
+    Parameters
+    ----------
+    rows : sequence of mappings
+        With `key`, `image` and `mask` (paths, on the same voxel grid), and where known `label` (a path), `score` and
+        `dice`; those without a mask are left out.
+    out : Path
+        The PNG to write.
+    title : str
+    columns : int
+        Tiles side by side.
+
+    Raises
+    ------
+    DataError
+        An image or a mask cannot be read.
+    """
+    shown = [row for row in rows if _has_mask(row)]
+    _draw(shown, out, title=title, columns=columns, headings={})
+
+
+def best_and_worst(rows: Sequence[Row], out: Path, /, *, k: int = 4, title: str) -> None:
+    """Draw the scans with the highest scores above those with the lowest; each from its extreme inwards.
+
+    Scans without a mask or a score are left out, and none is shown twice.
+    """
+    ranked = [row for row in rows if _has_mask(row) and _finite(row.get("score"))]
+    ranked.sort(key=lambda row: (-row["score"], row["key"]))
+    best, worst = ranked[:k], ranked[k:][::-1][:k]
+    headings = {0: "highest scores"} | ({len(best): "lowest scores"} if worst else {})
+    _draw(best + worst, out, title=title, columns=k, headings=headings)
+
+
+def _has_mask(row: Row) -> bool:
+    return bool(row.get("mask")) and not row.get("error")
+
+
+def _finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _draw(rows: Sequence[Row], out: Path, *, title: str, columns: int, headings: Mapping[int, str]) -> None:
+    """Draw tiles row by row; headings stand left of the tiles whose place they name."""
+    columns = max(2, min(columns, len(rows)))
+    lines = max(1, math.ceil(len(rows) / columns))
+    width, height = columns * TILE_INCHES, lines * TILE_INCHES + TITLE_INCHES
+    figure = Figure(figsize=(width, height), facecolor=BACKGROUND)
+    y = 1 - 0.45 * TITLE_INCHES / height
+    figure.text(0.012, y, title, color=TEXT, fontsize=15, weight="bold", va="center")
+    if not rows:
+        figure.text(0.5, 0.45, "no mask to show", color=FAINT, fontsize=14, ha="center")
+    for place, row in enumerate(rows):
+        line, column = divmod(place, columns)
+        left, top = column / columns, lines - 1 - line
+        area = (left, top * TILE_INCHES / height, 1 / columns, TILE_INCHES / height)
+        _draw_tile(figure.add_axes(area), row, headings.get(place, " " if headings else None))
+    handles = [Line2D([], [], color=MASK, lw=2.5, label="mask")]
+    if any(row.get("label") for row in rows):
+        handles.append(Line2D([], [], color=TRUTH, lw=2.5, label="truth"))
+    figure.legend(
+        handles=handles,
+        loc="center right",
+        bbox_to_anchor=(1, y),
+        ncols=2,
+        frameon=False,
+        labelcolor=TEXT,
+        fontsize=12,
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=DPI, facecolor=BACKGROUND)
+
+
+def _draw_tile(axes: Axes, row: Row, heading: str | None) -> None:
+    """Draw coronal (top left), sagittal (top right), axial (bottom left); words fill the fourth place."""
+    coronal, sagittal, axial = _views(row)
+    right, low = coronal.size_mm[0] + GAP_MM, -axial.size_mm[1] - GAP_MM
+    for view, corner in ((coronal, (0.0, 0.0)), (sagittal, (right, 0.0)), (axial, (0.0, low))):
+        _draw_view(axes, view, corner)
+    axes.set_axis_off()
+    axes.set_aspect("equal")
+    axes.set_xlim(-GAP_MM, right + sagittal.size_mm[0] + GAP_MM)
+    axes.set_ylim(low - GAP_MM, coronal.size_mm[1] + GAP_MM)
+
+    for x, y in ((3.0, 3.0), (3.0, low + 3.0)):
+        axes.text(x, y, "L", color=FAINT, fontsize=9)
+
+    words = [(heading, TEXT, 12, "bold")] if heading else []
+    words += [(_short(row["key"]), FAINT, 9, "normal")]
+    words += [
+        (f"{name} {row[name.lower()]:.3f}", colour, 13, "bold")
+        for name, colour in (("score", MASK), ("Dice", TRUTH))
+        if _finite(row.get(name.lower()))
+    ]
+    for line, (text, colour, size, weight) in enumerate(words):
+        below = (0, -6 - 20 * line)
+        place = (right + 2, -GAP_MM)
+        style: dict[str, Any] = {"color": colour, "fontsize": size, "weight": weight, "va": "top"}
+        axes.annotate(text, place, below, textcoords="offset points", **style)
+
+
+def _draw_view(axes: Axes, view: _View, corner: tuple[float, float]) -> None:
+    """Draw a slice and its outlines, its lower left corner at a place in mm."""
+    (x, y), (width, height) = corner, view.size_mm
+    axes.imshow(
+        view.image.T,
+        cmap="gray",
+        vmin=0,
+        vmax=1,
+        origin="lower",
+        extent=(x, x + width, y, y + height),
+        interpolation="bilinear",
+    )
+    for colour, mask in view.outlines.items():
+        if mask.any():
+            padded = np.pad(mask, 1).T.astype(float)  # closes outlines at the edge
+            xs, ys = (
+                start + (np.arange(n + 2) - 0.5) * edge
+                for start, n, edge in zip(corner, mask.shape, view.edges_mm, strict=True)
+            )
+            axes.contour(xs, ys, padded, levels=[0.5], colors=[colour], linewidths=1.2 if colour == MASK else 1.8)
+
+
+def _views(row: Row) -> tuple[_View, _View, _View]:
+    """Coronal, sagittal and axial slice through the centre of the mask, cut to its surroundings."""
+    image = volume.reorient(volume.load(row["image"]))
+    paths = {TRUTH: row.get("label"), MASK: row["mask"]}  # the mask is drawn over the truth
+    outlines = {
+        colour: volume.reorient(volume.load(path, labels=True)).data != 0 for colour, path in paths.items() if path
+    }
+    for colour, mask in outlines.items():
+        if mask.shape != image.shape:
+            raise DataError(f"{paths[colour]} has shape {mask.shape}, its image {image.shape}: they must be equal.")
+    spacing = np.array(image.spacing_mm)
+    box, centre = _around(outlines[MASK], spacing)
+    data = volume.scale(image.data)[box]
+    views = []
+    for across in (1, 0, 2):
+        place = centre[across]
+        slices = {colour: np.take(mask[box], place, across) for colour, mask in outlines.items()}
+        right, up = np.delete(spacing, across).tolist()
+        views.append(_View(np.take(data, place, across), slices, (right, up)))
+    return views[0], views[1], views[2]
+
+
+def _around(mask: NDArray[np.bool_], spacing_mm: NDArray[np.float64]) -> tuple[tuple[slice, ...], list[int]]:
+    """A box with a margin around the mask, and the voxel within the box at the mask's centre of mass."""
+    found = np.argwhere(mask)
+    if not len(found):
+        return (slice(None),) * 3, [n // 2 for n in mask.shape]
+    margin = np.ceil(MARGIN_MM / spacing_mm).astype(int)
+    low = np.maximum(found.min(axis=0) - margin, 0)
+    high = np.minimum(found.max(axis=0) + margin + 1, mask.shape)
+    box = tuple(slice(int(a), int(b)) for a, b in zip(low, high, strict=True))
+    return box, [int(n) for n in np.rint(found.mean(axis=0)) - low]
+
+
+def _short(key: str) -> str:
+    """A key that fits: its middle gives way."""
+    if len(key) <= KEY_LENGTH:
+        return key
+    half = (KEY_LENGTH - 1) // 2
+    return f"{key[:half]}…{key[-half:]}"

@@ -1,0 +1,51 @@
+"""How far a run is, read from its folder."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from onelabel.configs.load import parse
+from onelabel.errors import DataError
+from onelabel.orchestrator.rounds import plan
+
+_RECORD = "config.yaml"
+
+
+@dataclass(frozen=True)
+class RoundStatus:
+    """One round. metrics : as in its metrics.json, empty until it is done."""
+
+    name: str
+    stage: str
+    steps: int
+    state: Literal["done", "in progress", "planned"]
+    metrics: dict[str, Any]
+
+    def figure(self, group: str, name: str, /) -> float | None:
+        """One of the metrics, such as `dice_mean` of `test`, if the round has it."""
+        value = self.metrics.get(group, {}).get(name)
+        return None if value is None else float(value)
+
+
+def read(folder: Path, /) -> list[RoundStatus]:
+    """All rounds of a run, those to come included.
+
+    Raises
+    ------
+    DataError : the folder holds no run.
+    ConfigError : the run's record does not fit this version.
+    """
+    record = folder / _RECORD
+    if not record.is_file():
+        raise DataError(f"'{folder}' is not the folder of a run: it holds no {_RECORD}")
+    config = parse(yaml.safe_load(record.read_text(encoding="utf-8")))
+    rounds = []
+    for now in plan(config, folder):
+        state: Literal["done", "in progress", "planned"] = "in progress" if now.folder.is_dir() else "planned"
+        if now.done:
+            state = "done"
+        metrics = now.metrics() if now.done else {}
+        rounds.append(RoundStatus(now.folder.name, now.stage.name, now.stage.steps, state, metrics))
+    return rounds

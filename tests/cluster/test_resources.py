@@ -1,0 +1,57 @@
+import pytest
+
+from onelabel.cluster import resources
+from onelabel.cluster.resources import Demand, check, fits, of_stage
+from onelabel.configs.schema import ComputeConfig
+from onelabel.errors import ClusterError
+
+
+@pytest.mark.parametrize(
+    ("bundles", "nodes", "expected"),
+    [
+        ([], [], True),
+        ([{"CPU": 1}], [], False),
+        ([{"CPU": 1}, {"CPU": 1}], [{"CPU": 2}], True),
+        ([{"CPU": 4}], [{"CPU": 2}, {"CPU": 2}], False),
+        ([{"CPU": 2}] * 3, [{"CPU": 3}, {"CPU": 3}], False),
+        ([{"CPU": 1}, {"CPU": 1}, {"CPU": 4}], [{"CPU": 2}, {"CPU": 4}], True),
+        ([{"CPU": 1, "GPU": 1}], [{"CPU": 8}], False),
+        ([{"CPU": 1, "GPU": 0}], [{"CPU": 1}], True),
+        ([{"CPU": 1, "GPU": 0.5}, {"CPU": 1, "GPU": 0.5}], [{"CPU": 1}, {"CPU": 2, "GPU": 1}], True),
+        ([{"CPU": 0.1}] * 10, [{"CPU": 1}], True),
+    ],
+)
+def test_what_fits(bundles: list[dict[str, float]], nodes: list[dict[str, float]], expected: bool) -> None:
+    assert fits(bundles, nodes) is expected
+
+
+def test_a_stage_trains_and_synthesises_at_once() -> None:
+    compute = ComputeConfig(
+        train_workers=3, cpus_per_worker=4, gpus_per_worker=1, synth_actors=2, synth_gpus=0.25, score_actors=5
+    )
+    training, scoring = of_stage(compute)
+    assert (training.total("CPU"), training.total("GPU")) == (3 * 4 + 3 * 2, 3 + 6 * 0.25)
+    assert (scoring.total("CPU"), scoring.total("GPU")) == (5, 0)
+
+
+def test_the_defaults_fit_on_two_cores(ray_cluster: None) -> None:
+    check(of_stage(ComputeConfig()), wait_s=0)
+
+
+def test_what_can_never_be_met_is_refused_at_once(ray_cluster: None) -> None:
+    with pytest.raises(ClusterError, match=r"training needs 5 CPUs \(up to 4 in one process\), the cluster has 2 CPUs"):
+        check(of_stage(ComputeConfig(cpus_per_worker=4)), wait_s=0)
+
+
+def test_the_setting_to_change_is_named(ray_cluster: None) -> None:
+    with pytest.raises(ClusterError, match="lower a.setting"):
+        check([Demand("this", ({"GPU": 9.0},), "a.setting")], wait_s=0)
+
+
+def test_nodes_that_come_late_are_waited_for(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = iter([[{"CPU": 2.0}], [{"CPU": 2.0}], [{"CPU": 2.0}, {"CPU": 8.0}]])
+    asked: list[list[dict[str, float]]] = []
+    monkeypatch.setattr(resources, "_nodes", lambda: next(seen))
+    monkeypatch.setattr(resources, "request_resources", lambda bundles: asked.append(bundles))
+    check([Demand("this", ({"CPU": 8.0},), "a.setting")], wait_s=60)
+    assert asked == [[{"CPU": 8.0}], []]

@@ -1,0 +1,157 @@
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from onelabel.configs.load import models_in, parse
+from onelabel.configs.schema import RunConfig
+from onelabel.errors import ConfigError
+
+
+def stage(name: str = "base", **changes: Any) -> dict[str, Any]:
+    return {"name": name, "steps": 1, "start": "scratch", "streams": {"train": [{"type": "synthetic"}]}} | changes
+
+
+def run(*stages: dict[str, Any], **changes: Any) -> RunConfig:
+    data = {"labelled": "one.nii.gz", "unlabelled": "many"}
+    return parse({"name": "test", "data": data, "stages": list(stages) or [stage()]} | changes)
+
+
+def all_models() -> Iterator[type[BaseModel]]:
+    waiting, seen = [RunConfig], set[type[BaseModel]]()
+    while waiting:
+        model = waiting.pop()
+        if model not in seen:
+            seen.add(model)
+            yield model
+            waiting += [m for field in model.model_fields.values() for m in models_in(field.annotation)]
+
+
+MODELS = sorted(all_models(), key=lambda model: model.__name__)
+SELECTED = {"train": [{"type": "real", "of": "selected"}]}
+RANKER = {"type": "autoencoder"}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_key_is_described(model: type[BaseModel]) -> None:
+    bare = [name for name, field in model.model_fields.items() if not field.description and name != "type"]
+    assert bare == []
+    assert model.__doc__
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_mapping_is_frozen_and_refuses_unknown_keys(model: type[BaseModel]) -> None:
+    assert model.model_config["frozen"]
+    with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
+        model.model_validate({"no_such_key": 1})
+
+
+def test_nothing_is_changed_in_place() -> None:
+    config = run()
+    with pytest.raises(ValidationError, match="frozen"):
+        config.grid.spacing_mm = (1, 1, 1)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("k", [0, -1])
+def test_k_is_positive(k: int) -> None:
+    with pytest.raises(ConfigError, match=f"stages.0.select.k' = {k}"):
+        run(stage(ranker=RANKER, select={"type": "top_k", "k": k}))
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [
+        [stage(streams=SELECTED)],
+        [stage(streams=SELECTED, ranker=RANKER)],
+        [stage("one"), stage("two", streams=SELECTED)],
+        [stage("one"), stage("two", streams=SELECTED, ranker=RANKER)],
+    ],
+)
+def test_selected_is_an_error_before_any_ranker(stages: list[dict[str, Any]]) -> None:
+    with pytest.raises(ConfigError, match="reads 'selected' scans, but no stage before it has a ranker"):
+        run(*stages)
+
+
+def test_selected_may_come_from_any_earlier_ranker() -> None:
+    run(stage("one", ranker=RANKER), stage("two"), stage("three", streams=SELECTED))
+
+
+def test_a_ranker_needs_a_cohort() -> None:
+    with pytest.raises(ConfigError, match="stage 'base' ranks, so data.unlabelled must name a cohort"):
+        run(stage(ranker=RANKER), data={"labelled": "one.nii.gz"})
+
+
+def test_the_first_stage_starts_from_scratch() -> None:
+    with pytest.raises(ConfigError, match="'base' is the first and must start from scratch"):
+        run(stage(start="previous"))
+    run(stage("one"), stage("two", start="previous"))
+
+
+def test_stages_have_different_names() -> None:
+    with pytest.raises(ConfigError, match="different names"):
+        run(stage("one"), stage("one"))
+
+
+@pytest.mark.parametrize("size", [(32, 32, 40), (31, 32, 32), 24])
+def test_the_grid_fits_the_network(size: Any) -> None:
+    with pytest.raises(ConfigError, match="multiples of 16"):
+        run(grid={"size": size})
+    run(grid={"size": size}, network={"channels": [4], "patch": 1})
+
+
+def test_one_number_stands_for_all_axes() -> None:
+    config = run(grid={"size": 32, "spacing_mm": 1.5}, synthesis={"bins": {"foreground": 4}})
+    assert config.grid.size == (32, 32, 32)
+    assert config.grid.spacing_mm == (1.5, 1.5, 1.5)
+    assert config.synthesis.bins.foreground == (4, 4)
+
+
+def test_a_string_stands_for_a_path() -> None:
+    assert run().data.labelled == run(data={"labelled": {"path": "one.nii.gz"}, "unlabelled": "many"}).data.labelled
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"grid": {"spacing_mm": 0}},
+        {"grid": {"spacing_mm": [1, 1, -1]}},
+        {"grid": {"spacing_mm": float("nan")}},
+        {"grid": {"spacing_mm": float("inf")}},
+        {"grid": {"size": 4}},
+        {"network": {"channels": []}},
+        {"network": {"channels": [8, 0]}},
+        {"network": {"patch": 0}},
+        {"network": {"classes": 1}},
+        {"synthesis": {"bins": {"foreground": 0}}},
+        {"synthesis": {"bins": {"background": [-1, 3]}}},
+        {"synthesis": {"bins": {"foreground": [3, 2]}}},
+        {"synthesis": {"bins": {"background": 300}}},
+        {"synthesis": {"intensity": {"mean": [1, 0]}}},
+        {"synthesis": {"deform": {"warp_spacing_mm": [40, 0]}}},
+        {"synthesis": {"deform": {"flip": 1.1}}},
+        {"synthesis": {"augment": {"bias": {"strength": [0, 2]}}}},
+        {"synthesis": {"augment": {"bias": {"points": 0}}}},
+        {"synthesis": {"augment": {"crop": {"share": [0.5, 1.5]}}}},
+        {"stages": []},
+        {"stages": [stage(rounds=0)]},
+        {"stages": [stage(steps=0)]},
+        {"stages": [stage(name="a b")]},
+        {"stages": [stage(streams={"train": []})]},
+        {"stages": [stage(streams={"train": [{"type": "real", "share": 0}]})]},
+        {"stages": [stage(learner={"type": "supervised", "learning_rate": float("inf")})]},
+        {"stages": [stage(ranker=RANKER | {"network": {"size": 96}})]},
+        {"stages": [stage(ranker=RANKER | {"network": {"size": 32}})]},
+        {"compute": {"train_workers": 0}},
+        {"compute": {"precision": "float16"}},
+        {"name": ""},
+        {"name": "."},
+        {"name": "a/b"},
+        {"seed": -1},
+    ],
+    ids=str,
+)
+def test_values_out_of_their_range(changes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        run(**changes)
+    run()

@@ -1,0 +1,71 @@
+"""A cohort of phantom heads, and one run over it that several tests look at."""
+
+import csv
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+SETTINGS = ["singlestrip", "smoke", "stages.1.rounds=1", "stages.*.steps=40", "compute.checkpoint_every_s=0"]
+
+
+def phantom(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """A head of 7 mm voxels, (30, 34, 32): scalp, skull and brain as nested ellipsoids, and the brain's mask."""
+    rng = np.random.default_rng(seed)
+    size = np.array([30, 34, 32])
+    centre = (size - 1) / 2 + rng.uniform(-1.5, 1.5, 3)
+    radii = np.array([9, 11, 9]) * rng.uniform(0.9, 1.1, 3)
+    place = (np.indices(size) - centre[:, None, None, None]) / radii[:, None, None, None]
+    radius = np.sqrt((place**2).sum(0))
+    image = np.select([radius < 0.6, radius < 1, radius < 1.15, radius < 1.35], [0.9, 0.6, 0.15, 0.8], 0.02)
+    image = image + rng.normal(0, 0.02, size)
+    return (1000 * np.clip(image, 0, None)).astype(np.float32), (radius < 1).astype(np.uint8)
+
+
+@pytest.fixture(scope="session")
+def heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Manifests labelled.csv, unlabelled.csv (with one broken file) and test.csv."""
+    folder = tmp_path_factory.mktemp("heads")
+    affine = np.diag([-7.0, 7.0, 7.0, 1.0])
+    groups = {"labelled": range(1), "unlabelled": range(1, 6), "test": range(6, 8)}
+    for group, seeds in groups.items():
+        rows = []
+        for seed in seeds:
+            image, mask = phantom(seed)
+            nib.save(nib.Nifti1Image(image, affine), folder / f"head{seed}.nii.gz")
+            nib.save(nib.Nifti1Image(mask, affine), folder / f"head{seed}_mask.nii.gz")
+            rows.append([f"head{seed}", f"head{seed}.nii.gz", f"head{seed}_mask.nii.gz"])
+        if group == "unlabelled":
+            (folder / "broken.nii.gz").write_bytes(b"not an image")
+            rows.append(["broken", "broken.nii.gz", ""])
+        with (folder / f"{group}.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([["key", "image", "label"], *rows])
+    return folder
+
+
+Command = Callable[..., list[str]]
+
+
+@pytest.fixture(scope="session")
+def command(heads: Path) -> Command:
+    """The shell command of a run over the phantom heads in a storage folder, with more settings."""
+
+    def build(storage: Path, *more: str) -> list[str]:
+        data = [f"data.{group}={heads / group}.csv" for group in ("labelled", "unlabelled", "test")]
+        return [sys.executable, "-m", "onelabel.orchestrator", "run", *SETTINGS, *data, f"storage={storage}", *more]
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def finished(
+    command: Command, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """The folder of an undisturbed run, and how its process ended."""
+    storage = tmp_path_factory.mktemp("undisturbed")
+    done = subprocess.run(command(storage), capture_output=True, text=True, check=False, timeout=600)
+    return storage / "singlestrip", done

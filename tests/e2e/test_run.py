@@ -1,0 +1,125 @@
+"""The whole of a run on real Ray, real MLflow and real NIfTI; and what faults must not change."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import torch
+from mlflow import MlflowClient
+
+Command = Callable[..., list[str]]
+Finished = tuple[Path, subprocess.CompletedProcess[str]]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    loaded: dict[str, torch.Tensor] = torch.load(folder / "checkpoint/weights.pt", weights_only=True)
+    return loaded
+
+
+def assert_same_run(folder: Path, reference: Path) -> None:
+    """Equal weights, bit for bit, and equal selections in all rounds."""
+    for number in ("round-00", "round-01"):
+        ours, theirs = weights(folder / number), weights(reference / number)
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs), number
+        selected = [pq.read_table(f / number / "selection.parquet")["key"].to_pylist() for f in (folder, reference)]
+        assert selected[0] == selected[1], number
+
+
+def test_run_leaves_every_round_complete(finished: Finished) -> None:
+    folder, process = finished
+    assert process.returncode == 1, process.stderr[-3000:]  # one scan is broken
+    for number in ("round-00", "round-01"):
+        scores = pq.read_table(folder / number / "scores.parquet").to_pylist()
+        assert {row["key"] for row in scores} == {"broken", *(f"head{i}" for i in range(1, 6))}
+        failed = [row for row in scores if row["error"]]
+        assert [row["key"] for row in failed] == ["broken"]
+        assert failed[0]["score"] is None
+        assert "broken" in failed[0]["error"]
+        selected = pq.read_table(folder / number / "selection.parquet").to_pylist()
+        best = sorted((row for row in scores if not row["error"]), key=lambda row: (-row["score"], row["key"]))
+        assert [row["key"] for row in selected] == [row["key"] for row in best[:2]]
+        metrics = json.loads((folder / number / "metrics.json").read_text())
+        assert metrics["test"]["scans"] == 2
+        assert (folder / number / "best-and-worst.png").stat().st_size > 10_000
+        for row in scores:
+            if row["mask"]:
+                mask, image = nib.load(row["mask"]), nib.load(row["image"])
+                assert mask.shape == image.shape
+                assert np.allclose(mask.affine, image.affine)
+
+
+def test_run_learns(finished: Finished) -> None:
+    folder, _ = finished
+    metrics = json.loads((folder / "round-01/metrics.json").read_text())
+    assert metrics["test"]["dice_mean"] > 0.7  # nothing learned gives 0.1 to 0.4
+
+
+def test_run_is_logged(finished: Finished) -> None:
+    folder, _ = finished
+    client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    experiment = client.get_experiment_by_name("onelabel")
+    assert experiment is not None
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    assert {"singlestrip", "round-00 base", "round-01 selftrain", "ranker autoencoder"} <= set(runs)
+    assert runs["singlestrip"].data.params["stages.0.steps"] == "40"
+    base = runs["round-00 base"]
+    assert base.data.tags["mlflow.parentRunId"] == runs["singlestrip"].info.run_id
+    steps = [metric.step for metric in client.get_metric_history(base.info.run_id, "loss")]
+    assert steps == list(range(2, 41, 2))
+    assert {"wait_share", "steps_per_s", "test_dice_mean", "selection_score_mean"} <= set(base.data.metrics)
+    artifacts = {item.path for item in client.list_artifacts(base.info.run_id)}
+    assert {"checkpoint", "selection.parquet", "best-and-worst.png"} <= artifacts
+
+
+def test_same_seed_gives_same_run_though_an_actor_dies(finished: Finished, command: Command, tmp_path: Path) -> None:
+    process = subprocess.Popen(command(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(lambda: any(tmp_path.glob("singlestrip/round-00/checkpoint.training/checkpoint_*")), process)
+    actors = [p for p in psutil.Process(process.pid).children(recursive=True) if "SynthActor" in " ".join(p.cmdline())]
+    assert actors
+    for actor in actors:
+        actor.kill()
+    assert process.wait(timeout=600) == 1
+    assert_same_run(tmp_path / "singlestrip", finished[0])
+
+
+STAGES: dict[str, Callable[[Path], bool]] = {
+    "training": lambda run: any(run.glob("round-00/checkpoint.training/checkpoint_*")),
+    "scoring": lambda run: any(run.glob("round-00/masks/*.nii.gz")),
+    "selection": lambda run: (run / "round-00/scores.parquet").is_file(),
+    "self-training": lambda run: any(run.glob("round-01/checkpoint.training/checkpoint_*")),
+}
+
+
+def test_killed_driver_resumes(finished: Finished, command: Command, tmp_path: Path) -> None:
+    """Kill one run in every stage in turn; the last attempt completes it."""
+    run = tmp_path / "singlestrip"
+    for reached in STAGES.values():
+        process = subprocess.Popen(command(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        family = wait_for(lambda reached=reached: reached(run), process)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        psutil.wait_procs(family, timeout=60)
+        assert not (run / "round-01/done").exists()
+    last = subprocess.run(command(tmp_path), capture_output=True, text=True, check=False, timeout=600)
+    assert last.returncode == 1, last.stderr[-3000:]
+    assert_same_run(run, finished[0])
+    assert not list(run.glob("**/*.training"))
+
+
+def wait_for(reached: Callable[[], bool], process: "subprocess.Popen[bytes]") -> list[psutil.Process]:
+    """Until a condition holds; the processes that the run has started by then."""
+    deadline = time.monotonic() + 300
+    while not reached():
+        if process.poll() is not None or time.monotonic() > deadline:
+            pytest.fail(f"the run ended (exit code {process.poll()}) or stalled before what was waited for")
+        time.sleep(0.02)
+    return psutil.Process(process.pid).children(recursive=True)

@@ -1,0 +1,166 @@
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from onelabel.configs.schema import AutoencoderNetworkConfig, UNetConfig
+from onelabel.models import networks
+from onelabel.models.networks.autoencoder import Autoencoder, fit_to, one_hot, views
+from onelabel.models.networks.unet import UNet
+
+NORMS = get_args(UNetConfig.model_fields["norm"].annotation)
+
+
+def small(**changes: Any) -> AutoencoderNetworkConfig:
+    return AutoencoderNetworkConfig.model_validate({"size": 64, "width": 4, "latent": 6, "dropout": 0} | changes)
+
+
+def without_gradient(network: nn.Module, logits: Tensor) -> list[str]:
+    """Parameters that a loss over all logits does not reach."""
+    (logits * torch.randn_like(logits)).sum().backward()
+    return [name for name, p in network.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+
+
+def unused(network: nn.Module) -> list[str]:
+    return [name for name, p in network.named_parameters() if p.grad is not None and not p.grad.any()]
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("patch", [1, 2, 4])
+def test_a_unet_gives_logits_of_the_images_size(dims: Any, norm: Any, patch: int) -> None:
+    config = UNetConfig(dims=dims, channels=(4, 8, 8), norm=norm, patch=patch, classes=3)
+    network = networks.build(config)
+    assert isinstance(network, UNet)
+    size = [2 * config.divisor, 3 * config.divisor, 2 * config.divisor][:dims]
+    logits = network(torch.rand(2, 1, *size))
+    assert logits.shape == (2, 3, *size)
+    assert logits.dtype == torch.float32
+    assert without_gradient(network, logits) == []
+    # A norm takes away what a bias before it adds; weights must all count.
+    assert [name for name in unused(network) if name.endswith("weight")] == []
+
+
+@pytest.mark.parametrize("convs", [1, 2])
+@pytest.mark.parametrize("channels", [(8,), (4, 8), (4, 8, 12, 16)])
+def test_any_depth(convs: int, channels: tuple[int, ...]) -> None:
+    config = UNetConfig(channels=channels, convs=convs, patch=1)
+    network = networks.build(config)
+    size = [2 * config.divisor] * 3
+    assert network(torch.rand(1, 1, *size)).shape == (1, 2, *size)
+    convolutions = [m for m in network.modules() if isinstance(m, nn.Conv3d)]
+    assert len(convolutions) == 1 + convs * (2 * len(channels) - 1)
+
+
+def test_a_unet_sees_the_image() -> None:
+    network = networks.build(UNetConfig(channels=(4, 8), norm="none")).eval()
+    image = torch.rand(1, 1, 16, 16, 16, requires_grad=True)
+    network(image)[0, 1, 8, 8, 8].backward()
+    assert image.grad is not None
+    seen = image.grad[0, 0].nonzero()
+    assert (seen.amin(0) < 8).all() and (seen.amax(0) > 8).all()
+
+
+def test_skips_join_levels_of_equal_size() -> None:
+    # Position is lost in the pooled path alone: shifting the image by the stem's stride shifts the logits.
+    network = networks.build(UNetConfig(channels=(4, 8), norm="none", patch=2)).eval()
+    image = torch.zeros(1, 1, 32, 32, 32)
+    image[0, 0, 14:18, 14:18, 14:18] = 1
+    shift = (4, 4, 4)
+    with torch.no_grad():
+        moved = network(image.roll(shift, (2, 3, 4)))
+        assert torch.allclose(moved, network(image).roll(shift, (2, 3, 4)), atol=1e-5)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_dropout_is_random_in_training_alone(dropout: float) -> None:
+    network = networks.build(UNetConfig(channels=(4, 8), dropout=dropout))
+    image = torch.rand(1, 1, 16, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(network(image), network(image)) == (dropout == 0)
+        network.eval()
+        assert torch.equal(network(image), network(image))
+
+
+def test_weights_come_from_the_global_generator() -> None:
+    def weights(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return torch.cat([p.flatten() for p in networks.build(UNetConfig(channels=(4, 8))).parameters()])
+
+    assert torch.equal(weights(1), weights(1))
+    assert not torch.equal(weights(1), weights(2))
+
+
+@pytest.mark.parametrize(("dims", "size"), [(2, 64), (2, 128), (2, 256), (3, 64)])
+def test_an_autoencoder_has_a_latent_of_four_voxels_an_axis(dims: Any, size: int) -> None:
+    network = networks.build(small(dims=dims, size=size, classes=3))
+    assert isinstance(network, Autoencoder)
+    mask = one_hot(torch.randint(3, (2, *[size] * dims)), 3)
+    latent = network.encoder(mask)
+    assert latent.shape == (2, 6, *[4] * dims)
+    assert network(mask).shape == mask.shape
+    assert without_gradient(network, network(mask)) == []
+    assert [name for name in unused(network) if name.endswith("weight")] == []
+
+
+def test_a_larger_autoencoder_halves_more_often() -> None:
+    def halvings(size: int) -> int:
+        encoder = networks.build(small(size=size)).encoder
+        assert isinstance(encoder, nn.Sequential)
+        return sum(m.stride == (2, 2) for m in encoder.modules() if isinstance(m, nn.Conv2d))
+
+    assert [halvings(size) for size in (64, 128, 256)] == [4, 5, 6]
+
+
+def test_the_full_autoencoder_is_the_published_one() -> None:
+    # 2-32-32-32-32-64-64-128-64-32-100, strided at six places.
+    encoder = networks.build(AutoencoderNetworkConfig(size=256)).encoder
+    assert isinstance(encoder, nn.Sequential)
+    layers = [m for m in encoder.modules() if isinstance(m, nn.Conv2d)]
+    assert [layer.in_channels for layer in layers] == [2, 32, 32, 32, 32, 64, 64, 128, 64, 32]
+    assert [layer.out_channels for layer in layers] == [32, 32, 32, 32, 64, 64, 128, 64, 32, 100]
+    assert [layer.stride[0] for layer in layers] == [2, 2, 2, 1, 2, 1, 2, 1, 1, 2]
+
+
+@pytest.mark.parametrize("shape", [(3, 10, 7), (2, 9, 9, 4)])
+@pytest.mark.parametrize("edge", [16, 17])
+def test_padding_and_cropping_back_is_the_identity(shape: tuple[int, ...], edge: int) -> None:
+    mask = torch.randint(1, 5, shape)
+    padded = fit_to(mask, edge)
+    assert padded.shape == (shape[0], *[edge] * (len(shape) - 1))
+    assert padded.sum() == mask.sum()
+    for axis, length in enumerate(shape[1:], 1):
+        padded = padded.narrow(axis, (edge - length) // 2, length)
+    assert torch.equal(padded, mask)
+
+
+def test_cropping_keeps_the_centre() -> None:
+    mask = torch.zeros(1, 20, 6)
+    mask[0, 8:12, 2:4] = 1
+    cropped = fit_to(mask, 8)
+    assert cropped.shape == (1, 8, 8)
+    assert cropped.sum() == mask.sum()
+    assert cropped[0, 2:6, 3:5].all()
+
+
+@pytest.mark.parametrize(("size", "shortest"), [((9, 20, 30), 0), ((20, 9, 30), 1), ((30, 20, 9), 2), ((8, 8, 8), 0)])
+def test_slices_run_along_the_shortest_axis(size: tuple[int, ...], shortest: int) -> None:
+    mask = torch.randint(0, 2, size)
+    seen = views(mask, small())
+    assert seen.shape == (size[shortest], 64, 64)
+    first, second = [length for axis, length in enumerate(size) if axis != shortest]
+    back = seen[:, (64 - first) // 2 :, (64 - second) // 2 :][:, :first, :second]
+    assert torch.equal(back.movedim(0, shortest), mask)
+
+
+def test_a_volume_is_one_view() -> None:
+    mask = torch.randint(0, 2, (9, 20, 30))
+    seen = views(mask, small(dims=3))
+    assert seen.shape == (1, 64, 64, 64)
+    assert seen.sum() == mask.sum()
+
+
+def test_one_hot_is_one_at_the_class() -> None:
+    mask = torch.tensor([[0, 1, 2, -1]])
+    assert one_hot(mask, 3)[0].T.tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 0, 0]]

@@ -1,0 +1,175 @@
+import logging
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from onelabel import __version__
+from onelabel.configs.load import dump
+from onelabel.configs.schema import RunConfig, UNetConfig
+from onelabel.models import checkpoint, networks
+from onelabel.orchestrator import cli
+from onelabel.orchestrator.driver import Outcome
+from onelabel.orchestrator.rounds import plan
+
+HELP = """
+import sys
+import typer
+from onelabel.orchestrator.cli import app
+typer.main.get_command(app)
+try:
+    app(["--help"])
+except SystemExit as ended:
+    assert not ended.code
+heavy = sys.modules.keys() & {"torch", "ray", "mlflow", "nibabel", "numpy", "pyarrow", "matplotlib", "pydantic"}
+assert not heavy, heavy
+"""
+
+Command = Callable[..., int]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> Iterator[Command]:
+    """The console script in this process; returns its exit code."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), logging.getLogger("onelabel").level
+
+    def call(*words: str | Path) -> int:
+        monkeypatch.setattr(sys, "argv", ["onelabel", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return int(ended.value.code or 0)
+
+    yield call
+    root.handlers = handlers
+    logging.getLogger("onelabel").setLevel(level)
+
+
+def write_image(path: Path, *, labels: bool = False) -> Path:
+    data = np.random.default_rng(0).random((10, 12, 11), dtype=np.float32)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image((data > 0.5).astype(np.uint8) if labels else data, np.diag([8.0, 8.0, 8.0, 1.0])), path)
+    return path
+
+
+def test_help_loads_nothing_heavy() -> None:
+    done = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name in ("run", "demo", "strip", "evaluate", "status"):
+        assert name in done.stdout
+
+
+def test_version(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("--version") == 0
+    assert capsys.readouterr().out.split() == ["onelabel", __version__]
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["run", "no-such-preset"], "no-such-preset"),
+        (["run", "singlestrip", "data.labelled=x", "sede=1"], "nearest known key is 'seed'"),
+        (["status", "nowhere"], "'nowhere' is not the folder of a run"),
+        (["strip", "nowhere", "--out", "out", "--checkpoint", "c"], "does not exist"),
+        (["evaluate", "ours", "theirs", "--out", "table.txt"], "must end in .parquet or .csv"),
+        (["evaluate", "ours", "theirs", "--out", "table.csv"], "holds no masks"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line(
+    words: list[str],
+    problem: str,
+    command: Command,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert command(*words) == 2
+    said = capsys.readouterr()
+    assert problem in said.err
+    assert len(said.err.splitlines()) == 1
+    assert said.out == ""
+
+
+@pytest.mark.parametrize("words", [["nonsense"], ["strip"], ["strip", "x", "--nonsense"], ["strip", "x", "--out", "y"]])
+def test_wrong_usage_exits_with_two(words: list[str], command: Command) -> None:
+    assert command(*words) == 2
+
+
+def test_an_interrupt_exits_with_130(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("onelabel.orchestrator.status.read", interrupted)
+    assert command("status", "x") == 130
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["onelabel", "status", "x"])
+    monkeypatch.setattr("onelabel.orchestrator.status.read", lambda folder: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.main()
+
+
+@pytest.mark.parametrize("failures", [0, 3])
+def test_run_and_status_show_the_rounds(
+    failures: int,
+    command: Command,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def train(config: RunConfig) -> Outcome:
+        dump(config, tmp_path / "config.yaml")
+        first, *_ = plan(config, tmp_path)
+        first.folder.mkdir()
+        first.commit({"selection": {"score_mean": 0.875}, "unlabelled": {"dice_mean": 0.91, "dice_min": 0.5}})
+        return Outcome(tmp_path, failures, [first.metrics()], "mlflow ui --backend-store-uri sqlite:///x.db")
+
+    monkeypatch.setattr("onelabel.orchestrator.driver.run", train)
+    assert command("run", "singlestrip", "data.labelled=x", "data.unlabelled=y", "stages.*.steps=77") == bool(failures)
+    said = capsys.readouterr()
+    assert "mlflow ui --backend-store-uri sqlite:///x.db" in said.out
+    assert str(tmp_path) in said.out.replace("\n", "")
+    assert ("3 scans failed" in said.err) == bool(failures)
+    assert command("status", tmp_path) == 0
+    for text in (said.out, capsys.readouterr().out):
+        (line,) = [line for line in text.splitlines() if "round-00" in line]
+        assert all(part in line for part in ("base", "77", "done", "0.875", "0.910", "0.500"))
+
+
+def test_strip_says_whether_scans_failed(command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = UNetConfig(channels=(4, 4), patch=1)
+    grid = {"spacing_mm": (8.0, 8.0, 8.0), "size": (16, 16, 16)}
+    meta = checkpoint.Meta(config.model_dump(mode="json"), "supervised", grid, step=0, seed=0, manifest_digest="")
+    checkpoint.save(tmp_path / "net", networks.build(config), meta)
+    good = write_image(tmp_path / "good.nii.gz")
+    bad = tmp_path / "bad.nii.gz"
+    bad.write_bytes(b"bad")
+    options = ("--out", tmp_path / "out", "--checkpoint", tmp_path / "net")
+    assert command("strip", good, *options) == 0
+    assert "1 masks, 0 failed" in capsys.readouterr().out
+    assert command("strip", good, bad, *options, "--threads", "1") == 1
+    said = capsys.readouterr()
+    assert "1 masks, 1 failed" in said.out
+    assert "bad" in said.err
+
+
+def test_evaluate_says_whether_rows_have_errors(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ours = write_image(tmp_path / "ours" / "a.nii.gz", labels=True).parent
+    theirs = write_image(tmp_path / "theirs" / "a.nii.gz", labels=True).parent
+    assert command("evaluate", ours, theirs, "--out", tmp_path / "t.csv") == 0
+    said = capsys.readouterr().out
+    assert "1 scans, 0 misses, 0 errors" in said
+    assert "hd95_mm" in said
+    write_image(ours / "b.nii.gz")
+    write_image(theirs / "b.nii.gz", labels=True)
+    assert command("evaluate", ours, theirs, "--out", tmp_path / "t.parquet") == 1
+    assert "whole numbers" in capsys.readouterr().err
+    assert (tmp_path / "t.parquet").is_file()
