@@ -65,11 +65,9 @@ def _split(data: Path, *, labelled: str, rank: bool = False) -> list[str]:
 
 
 def _test_table(config: RunConfig, title: str) -> str:
-    lines = [
-        f"| {title}: round | steps | training, min | test Dice mean | worst | HD95, mm | pool Dice mean | selected Dice mean | "
-        "Spearman | waiting for data |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    columns = [f"{title}: round", "steps", "training, min", "test Dice mean", "worst", "HD95, mm"]
+    columns += ["pool Dice mean", "selected Dice mean", "Spearman", "waiting for data"]
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     stages = [stage for stage in config.stages for _ in range(stage.rounds)]
     for stage, metrics in zip(stages, run(config).rounds, strict=True):
         test, pool, chosen = (metrics.get(name, {}) for name in ("test", "unlabelled", "selection"))

@@ -98,8 +98,10 @@ def spread_matrix(size: int, /, *, fwhm: float, factor: float) -> Tensor | None:
     -------
     (size, size) float32 whose rows sum to one, or None for the identity.
     """
+    if factor <= 1 and fwhm <= 0.25:
+        return None
     place = torch.arange(size, dtype=torch.float64)
-    matrix = None
+    matrix = torch.eye(size, dtype=torch.float64)
     if factor > 1:
         # A thick slice averages what it covers.
         fwhm = math.hypot(fwhm, factor)
@@ -112,7 +114,7 @@ def spread_matrix(size: int, /, *, fwhm: float, factor: float) -> Tensor | None:
         down = (1 - (centres[:, None] - place[None]).abs()).clamp(min=0)
         up = (1 - (place[:, None] - centres[None]).abs() * ((count - 1) / (size - 1))).clamp(min=0)
         matrix = up @ down @ matrix
-    return None if matrix is None else matrix.float()
+    return matrix.float()
 
 
 def crop(image: Tensor, box: tuple[int, int, int] | None, /) -> Tensor:

@@ -40,6 +40,10 @@ class Meta:
     versions: dict[str, str] = field(default_factory=dict)
     git: str = ""
 
+    def __post_init__(self) -> None:
+        # JSON knows lists alone.
+        object.__setattr__(self, "classes", tuple(self.classes))
+
 
 def save(folder: Path, network: nn.Module, meta: Meta, /) -> None:
     """Write a checkpoint as a whole or not at all."""

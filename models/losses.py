@@ -8,7 +8,7 @@ from onelabel.imaging.labels import IGNORE
 
 
 def cross_entropy(logits: Tensor, label: Tensor, weight: Tensor, /) -> Tensor:
-    """Mean cross-entropy.
+    """Mean cross-entropy of the known voxels, each sample times its weight.
 
     Parameters
     ----------
@@ -16,11 +16,13 @@ def cross_entropy(logits: Tensor, label: Tensor, weight: Tensor, /) -> Tensor:
     """
     losses = F.cross_entropy(logits, label.long(), ignore_index=IGNORE, reduction="none").flatten(1).sum(1)
     known = (label != IGNORE).flatten(1).sum(1).clamp(min=1)
-    return (weight * losses / known).sum() / weight.sum()
+    return (weight * losses / known).mean()
 
 
 def soft_dice(logits: Tensor, label: Tensor, weight: Tensor, /, *, smooth: float = 1.0) -> Tensor:
-    """One minus the soft Dice of the foreground classes, denominators squared (Milletari 2016, equation 1).
+    """One minus the soft Dice of the foreground classes, denominators squared (Milletari 2016, section 3).
+
+    Each sample counts by its weight.
 
     Parameters
     ----------
@@ -33,7 +35,7 @@ def soft_dice(logits: Tensor, label: Tensor, weight: Tensor, /, *, smooth: float
     overlap = (probability * truth).flatten(2).sum(2)
     size = (probability.square() + truth).flatten(2).sum(2)
     dice = (2 * overlap + smooth) / (size + smooth)
-    return (weight * (1 - dice.mean(1))).sum() / weight.sum()
+    return (weight * (1 - dice.mean(1))).mean()
 
 
 def reconstruction(logits: Tensor, target: Tensor, /, *, foreground: bool) -> Tensor:

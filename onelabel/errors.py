@@ -28,3 +28,13 @@ class CheckpointError(OnelabelError):
 
 class ClusterError(OnelabelError):
     """The machines or their storage cannot do what was asked."""
+
+
+SCAN_FAULTS = (OnelabelError, OSError, ValueError, RuntimeError, MemoryError)
+"""What one bad scan may raise without stopping the others."""
+
+
+def sentence(error: BaseException, /) -> str:
+    """An error as one line; what is not ours is named by its class."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, OnelabelError) else f"{type(error).__name__}: {text}".removesuffix(": ")

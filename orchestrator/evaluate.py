@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from onelabel.errors import DataError
+from onelabel.errors import SCAN_FAULTS, DataError, sentence
 from onelabel.imaging import metrics, volume
 from onelabel.imaging.volume import Volume
 from onelabel.tasks.cohort import IMAGE_ENDINGS, LABEL_ENDINGS, LABEL_FOLDERS, open_cohort
-from onelabel.tasks.strip import FAULTS, sentence, stem, write_table
+from onelabel.tasks.strip import stem, write_table
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ def _compare(key: str, prediction: Path | None, truth: Path) -> Row:
             _same_grid(found, true)
         row |= metrics.evaluate(found.data, true.data, true.spacing_mm)
         row["miss"] = row["miss"] or prediction is None
-    except FAULTS as error:
+    except SCAN_FAULTS as error:
         row["error"] = sentence(error)
     return row
 

@@ -3,6 +3,7 @@
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -72,7 +73,7 @@ def open_folder(config: RunConfig, /) -> Path:
     Raises
     ------
     ClusterError : storage that cannot be written to.
-    ConfigError : the folder holds a run of other settings.
+    ConfigError : the folder holds a run of other settings, or a record that cannot be read.
     """
     folder = Path(config.storage) / config.name
     record = folder / _RECORD
@@ -84,7 +85,7 @@ def open_folder(config: RunConfig, /) -> Path:
     except OSError as error:
         raise ClusterError(f"storage '{folder}' is not writable ({error.strerror}); set storage=FOLDER") from None
     if record.is_file():
-        before, now = yaml.safe_load(record.read_text()), config.model_dump(mode="json")
+        before, now = _recorded(record), config.model_dump(mode="json")
         changed = [key for key in now if key not in _FREE_TO_CHANGE and before.get(key) != now[key]]
         if changed:
             raise ConfigError(
@@ -92,6 +93,16 @@ def open_folder(config: RunConfig, /) -> Path:
             )
     dump(config, record)
     return folder.resolve()
+
+
+def _recorded(record: Path) -> dict[str, Any]:
+    try:
+        settings = yaml.safe_load(record.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise ConfigError(f"'{record}' does not hold a run's settings; choose another name=NAME, or remove its folder")
+    return settings
 
 
 def _open(source: Source, *, labels: bool) -> Cohort:

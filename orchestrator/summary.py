@@ -15,7 +15,7 @@ def summarise(tables: dict[str, pa.Table], /) -> dict[str, Any]:
     figures: dict[str, Any] = {"failures": 0}
     for name, table in tables.items():
         part = _describe(table)
-        if name == "scores":
+        if name in ("scores", "test"):
             figures["failures"] += int(part["failed"])
         figures["unlabelled" if name == "scores" else name] = part
     return figures

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,8 +21,8 @@ from onelabel.orchestrator.console import bar
 from onelabel.orchestrator.rounds import Round, pseudo_labels
 from onelabel.orchestrator.setup import Cohorts
 from onelabel.orchestrator.tracking import RoundTracker, Tracker
-from onelabel.tasks import streams
 from onelabel.tasks import score as scoring
+from onelabel.tasks import streams
 from onelabel.tasks.cohort import Cohort
 from onelabel.tasks.train import FitTask, Row, fit
 
@@ -40,7 +40,7 @@ class Work:
     folder: Path
     tracker: Tracker
     prepared: dict[str, list[Any]] = field(default_factory=dict)
-    seconds: Counter[str] = field(default_factory=Counter)
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     def train(
         self, now: Round, previous: Round | None, selection: pa.Table | None, track: RoundTracker

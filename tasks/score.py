@@ -12,7 +12,7 @@ import ray.data
 import torch
 
 from onelabel.configs.schema import ComputeConfig
-from onelabel.errors import OnelabelError
+from onelabel.errors import SCAN_FAULTS, sentence
 from onelabel.imaging import metrics, volume
 from onelabel.models import checkpoint
 from onelabel.models.predictor import Predictor
@@ -21,7 +21,6 @@ from onelabel.tasks.cohort import Cohort
 
 log = logging.getLogger(__name__)
 
-FAULTS = (OnelabelError, OSError, ValueError, RuntimeError, MemoryError)
 SCHEMA = pa.schema(
     [
         ("key", pa.string()),
@@ -92,9 +91,8 @@ class Scorer:
         row: dict[str, Any] = dict.fromkeys(SCHEMA.names) | {"key": key, "image": image}
         try:
             row |= self._score(key, image, label)
-        except FAULTS as error:
-            sentence = " ".join(str(error).split()) or type(error).__name__
-            row["error"] = sentence if isinstance(error, OnelabelError) else f"{type(error).__name__}: {sentence}"
+        except SCAN_FAULTS as error:
+            row["error"] = sentence(error)
         return {name: [value] for name, value in row.items()}
 
     def _score(self, key: str, image: str, label: str) -> dict[str, Any]:

@@ -16,14 +16,13 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import torch
 
-from onelabel.errors import ClusterError, DataError, OnelabelError
+from onelabel.errors import SCAN_FAULTS, ClusterError, DataError, sentence
 from onelabel.imaging import metrics, volume
 from onelabel.models.predictor import Predictor
 from onelabel.tasks.cohort import IMAGE_ENDINGS, open_cohort
 
 log = logging.getLogger(__name__)
 
-FAULTS = (OnelabelError, OSError, ValueError, RuntimeError, MemoryError)  # what one bad scan may raise
 TABLE = "strip.parquet"
 SCHEMA = pa.schema(
     [
@@ -144,12 +143,6 @@ def stem(path: Path, /) -> str:
     return next((path.name.removesuffix(end) for end in IMAGE_ENDINGS if path.name.endswith(end)), path.stem)
 
 
-def sentence(error: BaseException, /) -> str:
-    """An error as one line; what is not ours is named by its class."""
-    text = " ".join(str(error).split())
-    return text if isinstance(error, OnelabelError) else f"{type(error).__name__}: {text}".removesuffix(": ")
-
-
 def _strip_one(job: Job, predictor: Predictor, out: Path) -> Row:
     begin = time.perf_counter()
     row: Row = {"key": job.key, "image": str(job.image), "mask": None, "volume_mm3": None, "error": None}
@@ -158,7 +151,7 @@ def _strip_one(job: Job, predictor: Predictor, out: Path) -> Row:
         volume.save(mask, out / job.target, like=job.image, dtype=np.uint8)
         row["mask"] = str((out / job.target).absolute())
         row["volume_mm3"] = metrics.volume_mm3(mask.data, mask.spacing_mm)
-    except FAULTS as error:
+    except SCAN_FAULTS as error:
         row["error"] = sentence(error)
     return row | {"seconds": time.perf_counter() - begin}
 

@@ -95,6 +95,8 @@ def fit(
     finally:
         pool.close()
         queue.shutdown(force=True)
+    if result.checkpoint is None or result.metrics is None:
+        raise ClusterError(f"training in '{folder}' left no checkpoint; the same command tries again")
     with result.checkpoint.as_directory() as kept:
         _move(Path(kept) / _WEIGHTS, out)
     shutil.rmtree(folder, ignore_errors=True)

@@ -17,13 +17,14 @@ _POOL = {2: F.max_pool2d, 3: F.max_pool3d}
 class UNet(nn.Module):
     """U-Net (Ronneberger 2015) whose stem may step over voxels, so that features live on a coarser grid.
 
-    forward : image (B, 1, *size) -> logits (B, classes, *size); every axis a multiple of `config.divisor`
+    forward : image (B, 1, *size) -> logits (B, classes, *size); every axis a multiple of `config.divisor`. A 2D network
+    takes volumes too, slice by slice along the last axis.
     """
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         channels, patch = config.channels, config.patch
-        self.pool = _POOL[config.dims]
+        self.dims, self.pool = config.dims, _POOL[config.dims]
         stem = 3 if patch == 1 else patch
         self.stem = _CONV[config.dims](1, channels[0], stem, stride=patch, padding=int(patch == 1))
         self.down = nn.ModuleList(
@@ -37,6 +38,9 @@ class UNet(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits of an image."""
+        if self.dims == 2 and image.ndim == 5:
+            slices = self(image.movedim(-1, 1).flatten(0, 1))
+            return slices.unflatten(0, (image.shape[0], image.shape[-1])).movedim(1, -1)
         features, skips = self.stem(image), []
         for level, block in enumerate(self.down):
             features = block(self.pool(features, 2) if level else features)

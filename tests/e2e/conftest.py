@@ -10,7 +10,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-SETTINGS = ["singlestrip", "smoke", "stages.1.rounds=1", "stages.*.steps=40", "compute.checkpoint_every_s=0"]
+SETTINGS = [
+    *("singlestrip", "smoke", "stages.1.rounds=1", "stages.*.steps=40", "stages.*.ranker.steps=80"),
+    "compute.checkpoint_every_s=0",
+]
 
 
 def phantom(seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -67,5 +70,5 @@ def finished(
 ) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """The folder of an undisturbed run, and how its process ended."""
     storage = tmp_path_factory.mktemp("undisturbed")
-    done = subprocess.run(command(storage), capture_output=True, text=True, check=False, timeout=600)
+    done = subprocess.run(command(storage), capture_output=True, text=True, check=False, timeout=1200)
     return storage / "singlestrip", done

@@ -1,0 +1,154 @@
+from collections.abc import Callable
+from itertools import permutations, product
+from pathlib import Path
+
+import cc3d
+import fill_voids
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from onelabel.configs.schema import UNetConfig
+from onelabel.errors import CheckpointError
+from onelabel.imaging.metrics import dice
+from onelabel.imaging.volume import Volume
+from onelabel.models import checkpoint
+from onelabel.models.checkpoint import Meta
+from onelabel.models.networks.unet import UNet
+from onelabel.models.predictor import Predictor, clean
+
+ORIENTATIONS = [
+    np.array([[sign * (axis == column) for axis in range(3)] for sign, column in zip(signs, order, strict=True)])
+    for order in permutations(range(3))
+    for signs in product((1, -1), repeat=3)
+]
+SPACING_MM = (4.0, 4.0, 4.0)
+SHAPE = (18, 22, 16)
+
+
+def thresholder(folder: Path) -> Predictor:
+    """A predictor whose network calls foreground what is brighter than one half."""
+    config = UNetConfig(channels=(1,), patch=1, norm="none")
+    network = UNet(config)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.zero_()
+        for convolution in [network.stem, *(m for m in network.down.modules() if isinstance(m, nn.Conv3d))]:
+            convolution.weight[:, :, 1, 1, 1] = 1
+        network.head.weight[:, 1] = 60
+        assert network.head.bias is not None
+        network.head.bias[1] = -30
+    grid = {"spacing_mm": [4.0, 4.0, 4.0], "size": [24, 28, 24]}
+    checkpoint.save(folder, network, Meta(config.model_dump(mode="json"), "supervised", grid, 0, 0, ""))
+    return Predictor(folder, precision="float32")
+
+
+@pytest.fixture(scope="module")
+def bright(tmp_path_factory: pytest.TempPathFactory) -> Predictor:
+    return thresholder(tmp_path_factory.mktemp("bright") / "checkpoint")
+
+
+def scan_of(matrix: np.ndarray, shape: tuple[int, ...] = SHAPE, spacing: tuple[float, ...] = SPACING_MM) -> Volume:
+    """A bright ellipsoid off the centre, no axis like another."""
+    affine = np.eye(4)
+    affine[:3, :3] = matrix * spacing
+    affine[:3, 3] = [20, -30, 11]
+    index = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), axis=-1)
+    middle = (np.array(shape) - 1) / 2
+    world = (index - middle) @ affine[:3, :3].T
+    inside = (((world - [4, -3, 2]) / [24, 32, 18]) ** 2).sum(-1) < 1
+    return Volume(np.where(inside, 900, 30).astype(np.float32), affine)
+
+
+@pytest.mark.parametrize("matrix", ORIENTATIONS, ids=lambda m: "".join(f"{v:+d}" for v in (m * [1, 2, 3]).sum(1)))
+def test_masks_lie_where_the_structure_is_in_every_orientation(bright: Predictor, matrix: np.ndarray) -> None:
+    scan = scan_of(matrix)
+    before = scan.data.copy()
+    prediction = bright(scan)
+    assert prediction.mask.data.dtype == np.uint8
+    assert np.array_equal(prediction.mask.affine, scan.affine)
+    assert np.array_equal(prediction.mask.data, scan.data > 500)
+    assert np.array_equal(scan.data, before)
+
+
+@pytest.mark.parametrize("shape", [(60, 60, 12), (12, 40, 50), (30, 31, 32)])
+def test_masks_have_the_scans_own_voxels(bright: Predictor, shape: tuple[int, ...]) -> None:
+    spacing = tuple(88 / n for n in shape)
+    turn = np.deg2rad(15)
+    matrix = np.array([[np.cos(turn), -np.sin(turn), 0], [np.sin(turn), np.cos(turn), 0], [0, 0, 1]])
+    scan = scan_of(matrix, shape, spacing)
+    prediction = bright(scan)
+    assert prediction.mask.shape == shape
+    assert np.array_equal(prediction.mask.affine, scan.affine)
+    assert dice(prediction.mask.data, scan.data > 500) > 0.9
+
+
+def test_predictions_keep_what_rankers_need(bright: Predictor) -> None:
+    prediction = bright(scan_of(np.eye(3, dtype=int)))
+    assert prediction.image.shape == (1, 1, 24, 28, 24)
+    assert prediction.probability.shape == (1, 2, 24, 28, 24)
+    assert prediction.probability.dtype == torch.float32
+    assert torch.allclose(prediction.probability.sum(1), torch.ones(1, 24, 28, 24))
+    assert 0 <= prediction.image.min() and prediction.image.max() <= 1
+    assert not prediction.probability.requires_grad
+    assert torch.equal(bright.probability(prediction.image), prediction.probability)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_random_weights_give_a_clean_mask_all_the_same(
+    saved: Callable[..., tuple[Path, nn.Module, Meta]], precision: str
+) -> None:
+    for seed in range(4):
+        torch.manual_seed(seed)
+        folder, _, _ = saved(f"checkpoint-{seed}")
+        scan = scan_of(np.eye(3, dtype=int))
+        mask = Predictor(folder, precision=precision)(scan).mask.data
+        assert mask.shape == scan.shape
+        assert set(np.unique(mask)) <= {0, 1}
+        assert cc3d.connected_components(mask, connectivity=6).max() <= 1
+        assert np.array_equal(fill_voids.fill(mask), mask)
+
+
+def test_prediction_repeats(saved: Callable[..., tuple[Path, nn.Module, Meta]]) -> None:
+    folder, _, _ = saved()
+    scan = scan_of(np.eye(3, dtype=int))
+    one, two = Predictor(folder)(scan), Predictor(folder)(scan)
+    assert torch.equal(one.probability, two.probability)
+    assert np.array_equal(one.mask.data, two.mask.data)
+
+
+def test_a_predictor_needs_a_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError):
+        Predictor(tmp_path)
+
+
+def test_cleaning_keeps_the_largest_part_and_fills_it() -> None:
+    mask = np.zeros((12, 12, 12), np.uint8)
+    mask[2:9, 2:9, 2:9] = 1
+    mask[5, 5, 5] = 0
+    mask[10, 10, 10] = 1
+    mask[9, 9, 9] = 1  # touches at a corner alone
+    before = mask.copy()
+    cleaned = clean(mask)
+    assert np.array_equal(mask, before)
+    assert cleaned.dtype == np.uint8
+    assert cleaned[5, 5, 5] == 1
+    assert cleaned.sum() == 7**3
+    assert np.array_equal(clean(cleaned), cleaned)
+
+
+def test_cleaning_keeps_classes() -> None:
+    mask = np.zeros((12, 12, 12), np.uint8)
+    mask[2:9, 2:9, 2:9] = 1
+    mask[2:9, 2:9, 5:9] = 2
+    mask[11, 11, 11] = 2
+    cleaned = clean(mask)
+    assert np.array_equal(cleaned[:10], mask[:10])
+    assert not cleaned[11].any()
+
+
+@pytest.mark.parametrize("value", [0, 1])
+def test_cleaning_nothing_or_everything(value: int) -> None:
+    mask = np.full((6, 7, 8), value, np.uint8)
+    assert np.array_equal(clean(mask), mask)
