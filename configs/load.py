@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -168,7 +168,8 @@ def _dotted(model: type[BaseModel], place: str) -> Iterator[tuple[str, str]]:
     """All keys under a model, by name and with the way there; `*` stands for any item."""
     for name, field in model.model_fields.items():
         yield name, place + name
-        items = {tuple: "*.", dict: "*.*."}.get(getattr(field.annotation, "__origin__", None), "")
+        origin = get_origin(field.annotation)
+        items = "*." if origin is tuple else "*.*." if origin is dict else ""
         for below in models_in(field.annotation):
             yield from _dotted(below, f"{place}{name}.{items}")
 

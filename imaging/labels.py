@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import kmeans1d
 import numpy as np
 from scipy.ndimage import distance_transform_edt
-from sklearn.mixture import GaussianMixture
 
 from onelabel.configs.augmentation import BinsConfig
 from onelabel.errors import DataError
@@ -114,6 +113,8 @@ def _bins(levels: np.ndarray, *, count: int, method: str, seed: int) -> np.ndarr
     sample = np.quantile(levels, np.linspace(0, 1, _SUBSAMPLE))
     count = min(count, np.unique(levels).size)
     if method == "gmm":
+        from sklearn.mixture import GaussianMixture  # a second to import, in every actor
+
         mixture = GaussianMixture(count, random_state=seed, covariance_type="full", reg_covar=1.0)
         mixture.fit(sample[:, None])
         rank = np.argsort(np.argsort(mixture.means_[:, 0]))

@@ -54,6 +54,15 @@ def test_air_is_dark_and_all_of_the_darkest(head: Head, scans: dict[str, BinnedS
     assert head[0][air].max() < 0.15 < head[0][(head[1] == 0) & ~air].min()
 
 
+def test_air_is_the_darkest_of_four_clusters() -> None:
+    levels = np.arange(20 * 20 * 20).reshape(20, 20, 20) % 200
+    mask = np.zeros((20, 20, 20), np.int32)
+    mask[:5] = 1
+    labels = label_map(binned(((levels / 255).astype(np.float32), mask)), (3, 2))
+    assert set(np.unique(levels[(labels == AIR) & (mask == 0)])) == set(range(50))
+    assert not (labels[mask == 1] == AIR).any()
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_number_of_bins_is_there(head: Head, scans: dict[str, BinnedScan], method: str) -> None:
     scan = scans[method]
