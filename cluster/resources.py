@@ -38,7 +38,7 @@ class Demand:
 def of_stage(compute: ComputeConfig, /) -> list[Demand]:
     """What training and scoring take, which follow each other."""
     worker = {"CPU": compute.cpus_per_worker, "GPU": compute.gpus_per_worker}
-    synthesis = {"CPU": 1.0, "GPU": compute.synth_gpus}
+    synthesis = {"CPU": compute.synth_cpus, "GPU": compute.synth_gpus}
     scorer = {"CPU": 1.0, "GPU": compute.score_gpus}
     return [
         Demand(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+from ray.util.queue import Queue
 
 from onelabel.cluster import resources, runtime
 from onelabel.configs.schema import RunConfig
@@ -43,7 +44,7 @@ def run(config: RunConfig, /) -> Outcome:
     rounds = plan(config, folder)
     with runtime.connect(config.compute) as joined, Tracker(config, folder) as tracker:
         resources.check(resources.of_stage(config.compute), wait_s=config.compute.wait_s if joined else 0)
-        work = Work(config, cohorts, folder, tracker)
+        work = Work(config, cohorts, folder, tracker, Queue(actor_options={"num_cpus": 0}))
         previous = selection = None
         for now in rounds:
             if not now.done:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 import ray
+from ray.util.queue import Queue
 
 from onelabel.configs.schema import AutoencoderRankerConfig, RunConfig, StreamConfig
 from onelabel.errors import DataError
@@ -39,6 +40,7 @@ class Work:
     cohorts: Cohorts
     folder: Path
     tracker: Tracker
+    queue: Queue
     prepared: dict[str, list[Any]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
@@ -133,7 +135,9 @@ class Work:
                 progress.update(int(row["step"]), loss=row["loss"], waiting=row["wait_share"])
 
             folder = out.with_name(f"{out.name}.training")
-            figures = fit(task, built, compute=self.config.compute, folder=folder, out=out, on_progress=listen)
+            figures = fit(
+                task, built, compute=self.config.compute, folder=folder, out=out, queue=self.queue, on_progress=listen
+            )
         self.seconds["training"] += figures["seconds"]
         return figures
 

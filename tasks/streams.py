@@ -103,8 +103,8 @@ class SynthActor:
 class SynthPool:
     """Synthesis actors, owned by the driver; a lost one is started again and repeats only its calls in flight."""
 
-    def __init__(self, actors: int, /, *, gpus: float = 0) -> None:
-        options = {"num_cpus": 1, "num_gpus": gpus, "max_restarts": -1, "max_task_retries": -1}
+    def __init__(self, actors: int, /, *, cpus: float = 1, gpus: float = 0) -> None:
+        options = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": -1, "max_task_retries": -1}
         device = "cuda" if gpus else "cpu"
         self.actors = [SynthActor.options(**options).remote(device) for _ in range(actors)]  # type: ignore[attr-defined]
 

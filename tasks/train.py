@@ -58,6 +58,7 @@ def fit(
     compute: ComputeConfig,
     folder: Path,
     out: Path,
+    queue: Queue,
     on_progress: Callable[[Row], None],
 ) -> Row:
     """Train until `task.steps` and leave a checkpoint.
@@ -67,6 +68,7 @@ def fit(
     sources : the learner's streams by name
     folder : Ray Train's state; a run that was cut off goes on from it. Removed at the end.
     out : the checkpoint folder to write
+    queue : for rows from the workers; used by one call at a time
     on_progress : called from another thread with rows of step, losses, steps_per_s and wait_share
 
     Returns
@@ -77,8 +79,8 @@ def fit(
     ------
     ClusterError : training failed more often than Ray Train may try again.
     """
-    pool = SynthPool(compute.synth_actors * compute.train_workers, gpus=compute.synth_gpus)
-    queue = Queue(actor_options={"num_cpus": 0})
+    actors = compute.synth_actors * compute.train_workers
+    pool = SynthPool(actors, cpus=compute.synth_cpus, gpus=compute.synth_gpus)
     settings = {
         "task": task,
         "compute": compute,
@@ -94,7 +96,6 @@ def fit(
         raise ClusterError(f"training in '{folder}' failed: {_cause(error)}; the same command resumes it") from error
     finally:
         pool.close()
-        queue.shutdown(force=True)
     if result.checkpoint is None or result.metrics is None:
         raise ClusterError(f"training in '{folder}' left no checkpoint; the same command tries again")
     with result.checkpoint.as_directory() as kept:

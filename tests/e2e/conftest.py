@@ -12,7 +12,7 @@ import pytest
 
 SETTINGS = [
     *("singlestrip", "smoke", "stages.1.rounds=1", "stages.*.steps=40", "stages.*.ranker.steps=80"),
-    "compute.checkpoint_every_s=0",
+    *("compute.checkpoint_every_s=0", "tracking.every=5"),
 ]
 
 

@@ -1,0 +1,42 @@
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pyarrow as pa
+import torch
+
+from onelabel.configs.schema import AutoencoderNetworkConfig, RunConfig
+from onelabel.models import checkpoint, networks
+from onelabel.models.checkpoint import Meta
+from onelabel.tasks.cohort import SCHEMA, Cohort
+from onelabel.tasks.score import ScoreTask, score
+
+
+def test_each_scan_is_a_row_and_a_broken_one_has_an_error(
+    ray_cluster: None, heads: Cohort, config: RunConfig, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken.nii.gz"
+    broken.write_bytes(b"no image")
+    extra = pa.table([["broken"], [str(broken)], [None], ["none"], [1.0]], schema=SCHEMA)
+    cohort = Cohort(pa.concat_tables([heads.table.select(SCHEMA.names), extra]))
+    torch.manual_seed(0)
+    for name, network in (("unet", config.network), ("autoencoder", AutoencoderNetworkConfig(size=64, width=8))):
+        meta = Meta(network.model_dump(mode="json"), name, config.grid.model_dump(mode="json"), 0, 0, "")
+        checkpoint.save(tmp_path / name, networks.build(network), meta)
+    task = ScoreTask(tmp_path / "unet", tmp_path / "autoencoder", tmp_path / "masks")
+    compute = config.compute.model_copy(update={"score_actors": 2})
+    rows = {row["key"]: row for row in score(cohort, task, compute=compute).to_pylist()}
+    assert list(rows) == ["broken", "head0", "head1", "head2"]
+    assert "broken.nii.gz" in rows["broken"]["error"]
+    assert rows["broken"]["score"] is rows["broken"]["mask"] is None
+    for source in heads.rows():
+        row = rows[source["key"]]
+        mask = nib.load(row["mask"])
+        data = np.asarray(mask.dataobj)
+        assert row["error"] is None
+        assert 0 <= row["score"] <= 1
+        assert row["volume_mm3"] == np.count_nonzero(data) * 7.0**3
+        assert np.allclose(mask.affine, nib.load(source["image"]).affine)
+        truth = np.asarray(nib.load(source["label"]).dataobj) > 0
+        assert row["dice"] == 2 * np.sum(truth & (data > 0)) / (truth.sum() + np.count_nonzero(data))
+        assert row["miss"] == (not data.any())

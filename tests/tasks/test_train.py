@@ -1,0 +1,99 @@
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from ray.util.queue import Queue
+
+from onelabel.configs.schema import RunConfig, SupervisedConfig
+from onelabel.models import checkpoint
+from onelabel.models.checkpoint import Meta
+from onelabel.models.learners import Samples
+from onelabel.tasks import streams, train
+from onelabel.tasks.cohort import Cohort
+from onelabel.tasks.train import FitTask, fit, loop, make_learner
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def task(config: RunConfig) -> FitTask:
+    network = config.network
+    meta = Meta(network.model_dump(mode="json"), "supervised", config.grid.model_dump(mode="json"), 0, 0, "")
+    return FitTask(SupervisedConfig(), network, 6, 1, meta, every=2)
+
+
+def noise(first: int) -> Iterator[tuple[Samples, float]]:
+    """Endless samples; each depends on its number alone."""
+    for i in count(first):
+        generator = torch.Generator().manual_seed(i)
+        image = torch.rand(1, 1, 16, 16, 16, generator=generator)
+        yield Samples(image, (image[:, 0] > 0.5).to(torch.int8), torch.ones(1)), 0.0
+
+
+def test_a_resumed_loop_equals_an_undisturbed_one(task: FitTask) -> None:
+    whole = make_learner(task, device=CPU, precision="float32")
+    loop(whole, {"train": noise(0)}, task, first=0, rank=0, on_step=lambda *_: None)
+    half = make_learner(task, device=CPU, precision="float32")
+    states: dict[int, Any] = {}
+    loop(half, {"train": noise(0)}, replace(task, steps=6), first=0, rank=0, on_step=_keep(half, states))
+    again = make_learner(task, device=CPU, precision="float32")
+    again.load_state_dict(states[2])
+    torch.rand(7)  # what else the process drew does not matter
+    loop(again, {"train": noise(3)}, task, first=3, rank=0, on_step=lambda *_: None)
+    for name, weight in whole.network.state_dict().items():
+        assert torch.equal(weight, again.network.state_dict()[name]), name
+        assert not torch.equal(weight, states[2]["network"][name]) or weight.numel() == 0, name
+
+
+def _keep(learner: Any, states: dict[int, Any]) -> Any:
+    def on_step(step: int, *_: object) -> None:
+        copied = {name: value.clone() for name, value in learner.network.state_dict().items()}
+        optimiser = learner.optimiser.state_dict()
+        moments = {i: {k: v.clone() for k, v in s.items()} for i, s in optimiser["state"].items()}
+        states[step] = {"network": copied, "optimiser": optimiser | {"state": moments}}
+
+    return on_step
+
+
+def test_two_workers_step_as_one_with_twice_the_batch(
+    ray_cluster: None, heads: Cohort, config: RunConfig, task: FitTask, tmp_path: Path
+) -> None:
+    network = config.network.model_copy(update={"dropout": 0.0, "norm": "none"})
+    scans = {"labelled": (streams.prepare(heads, config), [1.0] * len(heads))}
+    source = {"train": streams.build(config.stages[0].streams["train"], config, scans=scans, seed=0)}
+    queue = Queue(actor_options={"num_cpus": 0})
+    weights = []
+    for workers in (1, 2):
+        compute = config.compute.model_copy(
+            update={"train_workers": workers, "cpus_per_worker": 0.25, "synth_cpus": 0.25, "threads": 1}
+        )
+        learner = SupervisedConfig(batch=2 // workers, weight_decay=0.1)
+        now = replace(task, learner=learner, network=network)
+        rows: list[train.Row] = []
+        out = tmp_path / f"{workers}"
+        figures = fit(
+            now,
+            source,
+            compute=compute,
+            folder=tmp_path / f"{workers}.training",
+            out=out,
+            queue=queue,
+            on_progress=rows.append,
+        )
+        assert [row["step"] for row in rows] == [2, 4, 6]
+        assert 0 <= figures["wait_share"] < 1
+        found, meta = checkpoint.load(out)
+        assert meta.step == 6
+        assert not (tmp_path / f"{workers}.training").exists()
+        weights.append(found.state_dict())
+    queue.shutdown(force=True)
+    start = make_learner(replace(task, network=network), device=CPU, precision="float32").network.state_dict()
+    for name in weights[0]:
+        torch.testing.assert_close(weights[0][name], weights[1][name], rtol=1e-3, atol=1e-4)
+    assert any(not torch.allclose(start[name].cpu(), weights[0][name], atol=1e-3) for name in start)
+    assert ray.is_initialized()
