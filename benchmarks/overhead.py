@@ -2,8 +2,8 @@
 
 python benchmarks/overhead.py DATA [--storage runs] [key=value ...]
 
-DATA/ixi/participants.csv has columns key, split, image, mask. Runs `singlestrip` stacked with `smoke` in a process of its
-own, from the labelled scan and 20 others, and prints Markdown.
+DATA/ixi/participants.csv has columns key, split, image, mask. Runs `singlestrip` stacked with `smoke` in a
+process of its own, from the labelled scan and 20 others, and prints Markdown.
 """
 
 import argparse
