@@ -52,6 +52,13 @@ class Round:
         os.replace(temporary, path)
         return path
 
+    def training(self, figures: dict[str, float] | None = None) -> dict[str, float]:
+        """Keep what training came to, so that an attempt that finds it finished knows too; or read it."""
+        path = self.folder / "training.json"
+        if figures is not None:
+            path.write_text(json.dumps(figures))
+        return json.loads(path.read_text()) if path.is_file() else {}
+
     def metrics(self) -> dict[str, Any]:
         """What a finished round recorded."""
         recorded: dict[str, Any] = json.loads((self.folder / "metrics.json").read_text())

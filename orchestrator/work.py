@@ -50,7 +50,7 @@ class Work:
         """Fit the stage's learner on its streams; leaves the round's checkpoint."""
         self.seconds.clear()
         if now.checkpoint.is_dir():
-            return {}
+            return now.training()
         initial = None
         if previous and now.stage.start == "previous":
             initial = ray.put(checkpoint.load(previous.checkpoint)[0].state_dict())
@@ -67,7 +67,8 @@ class Work:
             rounds=now.stage.rounds,
             every=self.config.tracking.every,
         )
-        return self._fit(task, now.stage.streams, scans, now.checkpoint, now.name, track.losses)
+        figures = self._fit(task, now.stage.streams, scans, now.checkpoint, now.name, track.losses)
+        return now.training(figures)
 
     def score(self, now: Round, name: str, cohort: Cohort, ranker: AutoencoderRankerConfig | None = None) -> pa.Table:
         """Masks and scores of a cohort, unless an earlier attempt wrote them."""
