@@ -55,8 +55,8 @@ def score(cohort: Cohort, task: ScoreTask, /, *, compute: ComputeConfig) -> pa.T
     """
     task.out.mkdir(parents=True, exist_ok=True)
     rows = [{"key": row["key"], "image": row["image"], "label": row["label"] or ""} for row in cohort.rows()]
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it warns that its progress bars are off
+    ray.data.DataContext.get_current().enable_progress_bars = False
     actors = min(compute.score_actors, len(rows))
     dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), 4 * actors)).map_batches(
         Scorer,

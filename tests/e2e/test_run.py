@@ -108,7 +108,8 @@ def test_killed_driver_resumes(finished: Finished, command: Command, tmp_path: P
         family = wait_for(lambda reached=reached: reached(run), process)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-        psutil.wait_procs(family, timeout=60)
+        for survivor in psutil.wait_procs(family, timeout=10)[1]:
+            survivor.kill()  # Ray's agents outlive the node by minutes
         assert not (run / "round-01/done").exists()
     last = subprocess.run(command(tmp_path), capture_output=True, text=True, check=False, timeout=1200)
     assert last.returncode == 1, last.stderr[-3000:]
