@@ -73,7 +73,8 @@ def test_two_workers_step_as_one_with_twice_the_batch(
             update={"train_workers": workers, "cpus_per_worker": 0.25, "synth_cpus": 0.25, "threads": 1}
         )
         learner = SupervisedConfig(batch=2 // workers, weight_decay=0.1)
-        now = replace(task, learner=learner, network=network)
+        meta = replace(task.meta, network=network.model_dump(mode="json"))
+        now = replace(task, learner=learner, network=network, meta=meta)
         rows: list[train.Row] = []
         out = tmp_path / f"{workers}"
         figures = fit(
