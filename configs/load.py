@@ -9,7 +9,7 @@ from typing import Any, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from onelabel.configs.schema import RunConfig
+from onelabel.configs.schema import RunConfig, SourceConfig
 from onelabel.errors import ConfigError
 
 PRESETS = Path(__file__).parent
@@ -93,6 +93,8 @@ def _merge(base: Any, over: Any, models: list[type[BaseModel]]) -> Any:
             else:
                 result[_index(key, base)] = _merge(result[_index(key, base)], change, models)
         return result
+    if isinstance(base, str) and isinstance(over, dict) and SourceConfig in models:
+        base = {"path": base}  # what a plain string is short for
     if isinstance(base, dict) and isinstance(over, dict):
         kind = base.get("type")
         # A union that changes its type starts afresh.

@@ -268,3 +268,8 @@ def test_neither_torch_nor_ray_is_imported() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+def test_settings_of_a_source_may_follow_its_short_form() -> None:
+    config = load(["singlestrip", "data.labelled=a.csv", "data.labelled.where.split=train", "data.unlabelled=b"])
+    assert (config.data.labelled.path, config.data.labelled.where) == ("a.csv", {"split": "train"})
