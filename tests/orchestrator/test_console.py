@@ -88,6 +88,7 @@ def test_bars_take_updates_from_many_threads(on_terminal: bool, request: pytest.
             thread.start()
         for thread in threads:
             thread.join()
+    assert not any(thread.is_alive() for thread in threads)
     bar.update(400)  # a late one does no harm
 
 
