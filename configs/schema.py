@@ -15,8 +15,13 @@ def _as_source(value: object) -> object:
     return {"path": value} if isinstance(value, str) else value
 
 
+def _as_levels(value: object) -> object:
+    return (value,) if isinstance(value, int) else value
+
+
 Spacing = Annotated[tuple[float, float, float], BeforeValidator(_per_axis)]
 Size = Annotated[tuple[int, int, int], BeforeValidator(_per_axis)]
+Levels = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1), BeforeValidator(_as_levels)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Channels = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -60,11 +65,17 @@ class UNetConfig(Base):
     type: Literal["unet"] = "unet"
     dims: Literal[2, 3] = Field(3, description="2 for networks over slices, 3 for volumes")
     channels: Channels = Field((16, 32, 64, 64), description="feature channels, finest level first")
-    convs: int = Field(1, ge=1, description="convolutions a level and direction")
+    convs: Levels = Field((1,), description="convolutions a level and direction: one number, or one a level")
     patch: int = Field(2, ge=1, description="stride of the stem: features live on a grid this much coarser")
     norm: Literal["batch", "instance", "group", "none"] = Field("instance", description="normalisation of features")
     dropout: Probability = Field(0.0, description="channel dropout at the two coarsest levels")
     classes: int = Field(2, ge=2, description="output classes, background included")
+
+    @model_validator(mode="after")
+    def _one_a_level(self) -> Self:
+        if len(self.convs) not in (1, len(self.channels)):
+            raise ValueError(f"convs {self.convs} must be one number, or {len(self.channels)}, as channels are")
+        return self
 
     @property
     def divisor(self) -> int:
@@ -102,6 +113,7 @@ class OptimiserConfig(Base):
     final: Probability = Field(0.01, description="learning rate at the end, as a share of the peak")
     clip: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
     batch: int = Field(1, ge=1, description="samples a step and train worker")
+    ema: float = Field(0.0, ge=0, lt=1, description="decay a step of the mean of weights that is deployed; 0: no mean")
 
 
 class SupervisedConfig(OptimiserConfig):

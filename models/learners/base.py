@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from onelabel.configs.schema import OptimiserConfig
 
@@ -55,6 +56,8 @@ class Learner(ABC):
         self.optimiser = torch.optim.AdamW(
             self.network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
+        average_of = get_ema_multi_avg_fn(config.ema)
+        self.mean = AveragedModel(self.network, multi_avg_fn=average_of, use_buffers=True) if config.ema else None
 
     @abstractmethod
     def step(self, batch: Mapping[str, Samples], progress: Progress) -> dict[str, float]:
@@ -62,16 +65,19 @@ class Learner(ABC):
 
     def predictor(self) -> nn.Module:
         """The network to deploy."""
-        return self.network
+        return self.mean.module if self.mean else self.network
 
     def state_dict(self) -> dict[str, Any]:
         """All that a restart needs."""
-        return {"network": self.network.state_dict(), "optimiser": self.optimiser.state_dict()}
+        state = {"network": self.network.state_dict(), "optimiser": self.optimiser.state_dict()}
+        return state | {"mean": self.mean.state_dict()} if self.mean else state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state."""
         self.network.load_state_dict(state["network"])
         self.optimiser.load_state_dict(state["optimiser"])
+        if self.mean:
+            self.mean.load_state_dict(state["mean"])
 
     def autocast(self) -> torch.autocast:
         """Mixed precision where the hardware has it."""
@@ -89,6 +95,8 @@ class Learner(ABC):
         norm = nn.utils.clip_grad_norm_(parameters, self.base.clip, error_if_nonfinite=False)
         if torch.isfinite(norm):
             self.optimiser.step()
+            if self.mean:
+                self.mean.update_parameters(self.network)
         return {"loss": loss.item(), "gradient_norm": norm.item(), "learning_rate": rate}
 
 

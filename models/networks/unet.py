@@ -25,14 +25,16 @@ class UNet(nn.Module):
         super().__init__()
         channels, patch = config.channels, config.patch
         self.dims, self.pool = config.dims, _POOL[config.dims]
+        convs = config.convs * len(channels) if len(config.convs) == 1 else config.convs
         stem = 3 if patch == 1 else patch
         self.stem = _CONV[config.dims](1, channels[0], stem, stride=patch, padding=int(patch == 1))
         self.down = nn.ModuleList(
-            _block(config, channels[max(i - 1, 0)], width, drop=i >= len(channels) - 2)
+            _block(config, channels[max(i - 1, 0)], width, convs[i], drop=i >= len(channels) - 2)
             for i, width in enumerate(channels)
         )
         self.up = nn.ModuleList(
-            _block(config, below + here, here) for here, below in zip(channels[-2::-1], channels[:0:-1], strict=True)
+            _block(config, channels[i + 1] + channels[i], channels[i], convs[i])
+            for i in reversed(range(len(channels) - 1))
         )
         self.head = _TRANSPOSED[config.dims](channels[0], config.classes, patch, stride=patch)
 
@@ -53,9 +55,9 @@ class UNet(nn.Module):
         return logits
 
 
-def _block(config: UNetConfig, before: int, after: int, *, drop: bool = False) -> nn.Sequential:
+def _block(config: UNetConfig, before: int, after: int, convs: int, *, drop: bool = False) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for i in range(config.convs):
+    for i in range(convs):
         layers.append(_CONV[config.dims](after if i else before, after, 3, padding=1))
         if config.norm == "instance":
             layers.append(_INSTANCE[config.dims](after, affine=True))

@@ -86,21 +86,34 @@ def test_the_same_seed_gives_the_same_weights(name: str) -> None:
     assert not torch.equal(weights(one), weights(other))
 
 
+@pytest.mark.parametrize("ema", [0, 0.9])
 @pytest.mark.parametrize("name", LEARNERS)
-def test_after_a_restart_the_next_step_is_the_same_bit_for_bit(name: str) -> None:
-    before = learner(name, 1)
+def test_after_a_restart_the_next_step_is_the_same_bit_for_bit(name: str, ema: float) -> None:
+    before = learner(name, 1, ema=ema)
     for index in range(3):
         step(before, index)
     file = io.BytesIO()
     torch.save(before.state_dict(), file)
     file.seek(0)
-    after = learner(name, 2)
+    after = learner(name, 2, ema=ema)
     after.load_state_dict(torch.load(file, weights_only=True))
     assert torch.equal(weights(before), weights(after))
     for index in range(3, 5):
         assert step(before, index) == step(after, index)
     for key, value in before.predictor().state_dict().items():
         assert torch.equal(value, after.predictor().state_dict()[key]), key
+
+
+def test_the_deployed_weights_are_the_moving_average() -> None:
+    subject = learner("supervised", 1, ema=0.75)
+    expected = None
+    for index in range(4):
+        step(subject, index)
+        expected = weights(subject) if expected is None else 0.75 * expected + 0.25 * weights(subject)
+    deployed = torch.cat([p.detach().flatten() for p in subject.predictor().parameters()])
+    assert expected is not None
+    torch.testing.assert_close(deployed, expected)
+    assert not torch.allclose(deployed, weights(subject))
 
 
 @pytest.mark.parametrize("name", LEARNERS)

@@ -45,12 +45,25 @@ def test_a_unet_gives_logits_of_the_images_size(dims: Any, norm: Any, patch: int
 @pytest.mark.parametrize("convs", [1, 2])
 @pytest.mark.parametrize("channels", [(8,), (4, 8), (4, 8, 12, 16)])
 def test_any_depth(convs: int, channels: tuple[int, ...]) -> None:
-    config = UNetConfig(channels=channels, convs=convs, patch=1)
+    config = UNetConfig(channels=channels, convs=(convs,), patch=1)
     network = networks.build(config)
     size = [2 * config.divisor] * 3
     assert network(torch.rand(1, 1, *size)).shape == (1, 2, *size)
     convolutions = [m for m in network.modules() if isinstance(m, nn.Conv3d)]
     assert len(convolutions) == 1 + convs * (2 * len(channels) - 1)
+
+
+def test_depth_can_differ_by_level() -> None:
+    network = networks.build(UNetConfig(channels=(4, 8, 12), convs=(1, 2, 3)))
+    assert network(torch.rand(1, 1, 16, 16, 16)).shape == (1, 2, 16, 16, 16)
+    convolutions = [sum(isinstance(m, nn.Conv3d) for m in block) for block in (*network.down, *network.up)]  # type: ignore[misc]
+    assert convolutions == [1, 2, 3, 2, 1]
+
+
+def test_depth_is_one_number_or_one_a_level() -> None:
+    assert UNetConfig(convs=2) == UNetConfig(convs=(2,))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"convs \(1, 2\) must be one number, or 3"):
+        UNetConfig(channels=(4, 8, 12), convs=(1, 2))
 
 
 def test_a_unet_sees_the_image() -> None:
