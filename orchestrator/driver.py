@@ -15,7 +15,7 @@ from onelabel.orchestrator.rounds import Round, plan
 from onelabel.orchestrator.select import select
 from onelabel.orchestrator.setup import open_cohorts, open_folder
 from onelabel.orchestrator.summary import summarise
-from onelabel.orchestrator.tracking import Tracker
+from onelabel.orchestrator.tracking import Tracker, preload
 from onelabel.orchestrator.work import Work
 
 
@@ -42,6 +42,7 @@ def run(config: RunConfig, /) -> Outcome:
     """
     cohorts, folder = open_cohorts(config), open_folder(config)
     rounds = plan(config, folder)
+    preload()
     with runtime.connect(config.compute) as joined, Tracker(config, folder) as tracker:
         resources.check(resources.of_stage(config.compute), wait_s=config.compute.wait_s if joined else 0)
         work = Work(config, cohorts, folder, tracker, Queue(actor_options={"num_cpus": 0}))

@@ -3,6 +3,7 @@
 MLflow takes seconds to import, so it is imported when a `Tracker` is made and not before.
 """
 
+import importlib
 import json
 import logging
 import math
@@ -10,6 +11,7 @@ import os
 import re
 import shlex
 import sqlite3
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -40,6 +42,11 @@ IMPATIENCE = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
 }
+
+
+def preload() -> None:
+    """Import MLflow in a thread, while there is other waiting to do."""
+    threading.Thread(target=importlib.import_module, args=("mlflow",), daemon=True).start()
 
 
 class _Recorder:
