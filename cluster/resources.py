@@ -17,6 +17,7 @@ log = logging.getLogger(__name__)
 Bundle = Mapping[str, float]
 _LOOK_S = 2
 _TELL_S = 30
+_UNITS = {"CPU": "CPUs", "GPU": "GPUs", "memory": "GiB of memory", "object_store_memory": "GiB of object store"}
 
 
 @dataclass(frozen=True)
@@ -35,16 +36,23 @@ class Demand:
         return math.fsum(bundle.get(resource, 0) for bundle in self.bundles)
 
 
-def of_stage(compute: ComputeConfig, /) -> list[Demand]:
-    """What training and scoring take, which follow each other."""
-    worker = {"CPU": compute.cpus_per_worker, "GPU": compute.gpus_per_worker}
-    synthesis = {"CPU": compute.synth_cpus, "GPU": compute.synth_gpus}
+def of_stage(compute: ComputeConfig, /, *, actor_bytes: float = 0, store_bytes: float = 0) -> list[Demand]:
+    """What training and scoring take, which follow each other.
+
+    Parameters
+    ----------
+    actor_bytes : memory of a synthesis actor
+    store_bytes : samples in flight and scans of a train worker, in the object store
+    """
+    worker = {"CPU": compute.cpus_per_worker, "GPU": compute.gpus_per_worker, "object_store_memory": store_bytes}
+    synthesis = {"CPU": compute.synth_cpus, "GPU": compute.synth_gpus, "memory": actor_bytes}
     scorer = {"CPU": 1.0, "GPU": compute.score_gpus}
     return [
         Demand(
             "training",
             (worker,) * compute.train_workers + (synthesis,) * (compute.synth_actors * compute.train_workers),
-            "compute.train_workers, compute.cpus_per_worker, compute.gpus_per_worker or compute.synth_actors",
+            "compute.train_workers, compute.cpus_per_worker, compute.gpus_per_worker, compute.synth_actors,"
+            " compute.ahead or grid.size",
         ),
         Demand("scoring", (scorer,) * compute.score_actors, "compute.score_actors or compute.score_gpus"),
     ]
@@ -100,13 +108,23 @@ def _nodes() -> list[Bundle]:
 
 
 def _sentence(demand: Demand, nodes: Sequence[Bundle]) -> str:
-    wanted = [name for name in ("CPU", "GPU") if demand.total(name)]
+    wanted = [name for name in _UNITS if demand.total(name)]
     needs = " and ".join(
-        f"{demand.total(name):g} {name}s (up to {max(b.get(name, 0) for b in demand.bundles):g} in one process)"
+        f"{_amount(name, demand.total(name))} (up to {_size(name, max(b.get(name, 0) for b in demand.bundles))} in one"
+        " process)"
         for name in wanted
     )
     there = {name: [node.get(name, 0) for node in nodes] for name in wanted}
     has = " and ".join(
-        f"{sum(each):g} {name}s (up to {max(each, default=0):g} on one node)" for name, each in there.items()
+        f"{_amount(name, sum(each))} (up to {_size(name, max(each, default=0))} on one node)"
+        for name, each in there.items()
     )
     return f"{demand.name} needs {needs}, the cluster has {has}"
+
+
+def _amount(resource: str, value: float) -> str:
+    return f"{_size(resource, value)} {_UNITS[resource]}"
+
+
+def _size(resource: str, value: float) -> str:
+    return f"{value / 2**30:.1f}" if resource in ("memory", "object_store_memory") else f"{value:g}"

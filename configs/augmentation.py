@@ -27,7 +27,9 @@ Counts = Annotated[tuple[Count, Count], BeforeValidator(_pair), AfterValidator(_
 Probability = Annotated[float, Field(ge=0, le=1)]
 Shares = Annotated[tuple[Probability, Probability], AfterValidator(_ordered)]
 Positive = Annotated[float, Field(ge=0)]
+Positives = Annotated[tuple[Positive, Positive], AfterValidator(_ordered)]
 Length = Annotated[float, Field(gt=0)]
+Lengths = Annotated[tuple[Length, Length], AfterValidator(_ordered)]
 
 
 class BinsConfig(Base):
@@ -43,9 +45,9 @@ class DeformConfig(Base):
 
     translate_mm: Positive = Field(16, description="largest shift along each axis, in mm")
     rotate_deg: Positive = Field(20, description="largest rotation about each axis, in degrees")
-    scale: Range = Field((0.85, 1.15), description="scaling of each axis")
+    scale: Lengths = Field((0.85, 1.15), description="scaling of each axis")
     shear: Positive = Field(0.08, description="largest shear")
-    warp_mm: Range = Field((0, 8), description="largest displacement of the smooth warp, in mm")
+    warp_mm: Positives = Field((0, 8), description="largest displacement of the smooth warp, in mm")
     warp_spacing_mm: tuple[Length, ...] = Field((80, 40, 20), description="control-point spacings of the warp, in mm")
     flip: Probability = Field(0.5, description="chance of a left-right flip")
 
@@ -53,9 +55,9 @@ class DeformConfig(Base):
 class IntensityConfig(Base):
     """What a label looks like."""
 
-    mean: Range = Field((0, 1), description="mean intensity of a label")
-    spread: Range = Field((0, 0.08), description="standard deviation within a label")
-    air: Range = Field((0, 0.12), description="mean intensity of air")
+    mean: Shares = Field((0, 1), description="mean intensity of a label")
+    spread: Positives = Field((0, 0.08), description="standard deviation within a label")
+    air: Shares = Field((0, 0.12), description="mean intensity of air")
     real: Probability = Field(0.0, description="chance of the scan's own intensities instead of painted bins")
 
 
@@ -78,14 +80,14 @@ class BlurConfig(Base):
     """Gaussian smoothing, each axis by itself."""
 
     probability: Probability = Field(0.5, description="how often")
-    fwhm_mm: Range = Field((0, 4), description="full width at half maximum, in mm")
+    fwhm_mm: Positives = Field((0, 4), description="full width at half maximum, in mm")
 
 
 class LowResolutionConfig(Base):
     """Thick slices or large voxels, sampled back to the grid."""
 
     probability: Probability = Field(0.4, description="how often")
-    spacing_mm: Range = Field((2, 8), description="simulated voxel size, in mm")
+    spacing_mm: Positives = Field((2, 8), description="simulated voxel size, in mm")
     one_axis: Probability = Field(0.7, description="chance that a single axis is coarse, as in thick slices")
 
 
@@ -93,7 +95,7 @@ class NoiseConfig(Base):
     """Gaussian noise."""
 
     probability: Probability = Field(0.8, description="how often")
-    sd: Range = Field((0, 0.08), description="standard deviation; intensities lie in [0, 1]")
+    sd: Positives = Field((0, 0.08), description="standard deviation; intensities lie in [0, 1]")
 
 
 class GammaConfig(Base):
@@ -110,6 +112,23 @@ class CropConfig(Base):
     share: Shares = Field((0, 0.3), description="share of the axis that is lost")
 
 
+class MotionConfig(Base):
+    """A head that moves while lines of k-space are read one after another."""
+
+    probability: Probability = Field(0.0, description="how often")
+    blocks: Counts = Field((3, 10), description="blocks of lines between which it may move")
+    moves: Counts = Field((1, 3), description="blocks with the head elsewhere; never the central one")
+    shift_mm: Positive = Field(5, description="largest shift along each axis, in mm")
+    rotate_deg: Positive = Field(5, description="largest rotation about each axis, in degrees")
+
+
+class LinesConfig(Base):
+    """Slices of a random axis that are lost: each has one random intensity."""
+
+    probability: Probability = Field(0.0, description="how often")
+    count: Counts = Field((1, 3), description="slices")
+
+
 class AugmentConfig(Base):
     """What happens to an image after it is painted; real scans go through the same."""
 
@@ -117,6 +136,8 @@ class AugmentConfig(Base):
     gamma: GammaConfig = Field(GammaConfig(), description="contrast")
     blur: BlurConfig = Field(BlurConfig(), description="smoothing")
     low_resolution: LowResolutionConfig = Field(LowResolutionConfig(), description="resolution")
+    motion: MotionConfig = Field(MotionConfig(), description="motion in k-space")
+    lines: LinesConfig = Field(LinesConfig(), description="lost slices")
     noise: NoiseConfig = Field(NoiseConfig(), description="noise")
     crop: CropConfig = Field(CropConfig(), description="field of view")
 

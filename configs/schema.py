@@ -19,6 +19,8 @@ def _as_levels(value: object) -> object:
     return (value,) if isinstance(value, int) else value
 
 
+MOST_LABELS = 255
+
 Spacing = Annotated[tuple[float, float, float], BeforeValidator(_per_axis)]
 Size = Annotated[tuple[int, int, int], BeforeValidator(_per_axis)]
 Levels = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1), BeforeValidator(_as_levels)]
@@ -113,6 +115,7 @@ class OptimiserConfig(Base):
     final: Probability = Field(0.01, description="learning rate at the end, as a share of the peak")
     clip: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
     batch: int = Field(1, ge=1, description="samples a step and train worker")
+    accumulate: int = Field(1, ge=1, description="batches a step whose gradients are averaged, where memory is short")
     ema: float = Field(0.0, ge=0, lt=1, description="decay a step of the mean of weights that is deployed; 0: no mean")
 
 
@@ -199,6 +202,8 @@ class ComputeConfig(Base):
     score_actors: int = Field(2, ge=1, description="scoring actors")
     score_gpus: float = Field(0, ge=0, description="share of a GPU a scoring actor")
     precision: Literal["auto", "bf16", "float32"] = Field("auto", description="auto: bf16 where the hardware has it")
+    compile: bool = Field(False, description="torch.compile the network; takes a minute, and a C++ compiler on a CPU")
+    channels_last: bool = Field(False, description="channels-last memory format in training")
     checkpoint_every_s: float = Field(120, ge=0, description="seconds between checkpoints in training")
     wait_s: float = Field(60, ge=0, description="how long to wait for resources that an autoscaler may still add")
 
@@ -230,6 +235,14 @@ class RunConfig(Base):
         divisor = self.network.divisor
         if any(n % divisor for n in self.grid.size):
             raise ValueError(f"grid.size {self.grid.size} must be multiples of {divisor} for this network")
+        if all(n == divisor for n in self.grid.size) and self.network.norm in ("batch", "instance"):
+            raise ValueError(
+                f"grid.size {self.grid.size} leaves one voxel to normalise: some axis must exceed {divisor}"
+            )
+        bins = self.synthesis.bins
+        labels = 1 + bins.background[1] + bins.foreground[1] * (self.network.classes - 1)
+        if labels > MOST_LABELS:
+            raise ValueError(f"synthesis.bins make up to {labels} labels, more than {MOST_LABELS}; ask for fewer bins")
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise ValueError(f"stages must have different names, not {names}")

@@ -40,8 +40,8 @@ def sample_deformation(
     return Deformation(_rotation(angles) @ shear @ torch.diag(scales), shift, control)
 
 
-def coordinates(deformation: Deformation, /, *, size: Size, spacing_mm: Spacing, device: torch.device) -> Tensor:
-    """Where each voxel of the new grid looks in the old one, (3, *size) float32 voxel indices."""
+def control_points(deformation: Deformation, /, *, size: Size, spacing_mm: Spacing) -> Tensor:
+    """Splines (3, a, b, c) of the voxel where each voxel of the new grid looks in the old one."""
     # Splines reproduce linear functions, so the affine part goes into the control points: one pass over the voxels.
     points = [n - 2 for n in deformation.control_mm.shape[1:]]
     spacing = torch.tensor(spacing_mm)
@@ -50,8 +50,14 @@ def coordinates(deformation: Deformation, /, *, size: Size, spacing_mm: Spacing,
     moved = torch.einsum("ij,jabc->iabc", deformation.matrix, place_mm) + deformation.control_mm
     moved = moved + deformation.shift_mm[:, None, None, None]
     centre = (torch.tensor(size) - 1) / 2
-    control = moved / spacing[:, None, None, None] + centre[:, None, None, None]
-    return splines.evaluate(control.to(device), size)
+    return moved / spacing[:, None, None, None] + centre[:, None, None, None]
+
+
+def coordinates(deformation: Deformation, /, *, size: Size, spacing_mm: Spacing, device: torch.device) -> Tensor:
+    """Where each voxel of the new grid looks in the old one, (3, *size) float32 voxel indices."""
+    return splines.evaluate(
+        control_points(deformation, size=size, spacing_mm=spacing_mm).to(device, non_blocking=True), size
+    )
 
 
 def nearest(place: Tensor, /, *, size: Size) -> tuple[Tensor, Tensor]:
@@ -64,7 +70,7 @@ def nearest(place: Tensor, /, *, size: Size) -> tuple[Tensor, Tensor]:
     index = torch.zeros(place[0].numel(), dtype=torch.int32, device=place.device)
     inside = torch.ones_like(index, dtype=torch.bool)
     for axis, length in enumerate(size):
-        voxel = place[axis].flatten().round().to(torch.int32)
+        voxel = (place[axis].flatten() + 0.5).floor().to(torch.int32)
         clamped = voxel.clamp(0, length - 1)
         inside &= voxel == clamped
         index.mul_(length).add_(clamped)
@@ -98,7 +104,9 @@ def _sample_warp(config: DeformConfig, *, size: Size, spacing_mm: Spacing, gener
         # Displacement in proportion to its wavelength keeps the strain of all scales alike.
         total += spacing * F.interpolate(noise, total.shape[1:], mode="trilinear", align_corners=True)[0]
     largest = uniform(*config.warp_mm, generator)
-    norm = total.square().sum(0).sqrt().max()
+    # What counts is the displacement, which is smoother than its control points.
+    fine = (2 * points[0], 2 * points[1], 2 * points[2])
+    norm = splines.evaluate(total, fine).square().sum(0).max().sqrt()
     return total * (largest / norm) if norm > 0 else total
 
 

@@ -21,9 +21,9 @@ _SUBSAMPLE = 4096
 _AIR_BINS = 4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BinnedScan:
-    """A conformed scan, ready for synthesis.
+    """A conformed scan, ready for synthesis; a key by identity.
 
     levels : (*size) uint8, intensity in [0, 255]
     target : (*size) int8, class of a voxel; 0 background, IGNORE unknown

@@ -2,7 +2,15 @@
 
 import hashlib
 
+import numpy as np
 import torch
+from scipy.special import ndtri
+from torch import Tensor
+
+# Noise by hashing: any voxel's number by itself, the same on all devices. 4096 normal numbers of equal probability.
+GOLDEN = 0x9E3779B1
+NORMAL = ndtri((np.arange(4096) + 0.5) / 4096).astype(np.float32)
+NORMAL_SHIFT = 20
 
 
 def uniform(low: float, high: float, generator: torch.Generator, /) -> float:
@@ -24,3 +32,14 @@ def derive(*parts: int | str) -> int:
 def generator(*parts: int | str) -> torch.Generator:
     """A CPU generator seeded by `derive`."""
     return torch.Generator().manual_seed(derive(*parts))
+
+
+def normals(size: tuple[int, ...], seed: int, /, *, device: torch.device) -> Tensor:
+    """Standard normal noise (*size) float32; every voxel's number is a hash of its place and the seed."""
+    low = 0xFFFFFFFF
+    count = int(np.prod(size))
+    x = torch.arange(count, device=device).mul_(GOLDEN).add_(seed).bitwise_and_(low)
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x = (x ^ (x >> shift)).mul_(factor).bitwise_and_(low)
+    x ^= x >> 16
+    return torch.from_numpy(NORMAL).to(device, non_blocking=True)[x >> NORMAL_SHIFT].reshape(size)

@@ -31,7 +31,10 @@ def evaluate(control: Tensor, size: tuple[int, int, int], /) -> Tensor:
     -------
     (C, *size) float32
     """
-    bases = [basis(n - 2, length).to(control.device) for n, length in zip(control.shape[1:], size, strict=True)]
+    bases = [
+        basis(n - 2, length).to(control.device, non_blocking=True)
+        for n, length in zip(control.shape[1:], size, strict=True)
+    ]
     values = torch.einsum("xa,nabc->nxbc", bases[0], control)
     values = torch.einsum("yb,nxbc->nxyc", bases[1], values)
     return torch.matmul(values, bases[2].T)

@@ -1,20 +1,22 @@
 """Labels to images of random shape and contrast (SingleStrip, arXiv 2508.10464, step 1)."""
 
+import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from onelabel.configs.augmentation import DeformConfig, SynthesisConfig
-from onelabel.imaging import augment, deform
+from onelabel.imaging import augment, deform, kernels, random, splines
 from onelabel.imaging.labels import AIR, LEVELS, BinnedScan, label_table
 from onelabel.imaging.random import integer, uniform
 
 
 @dataclass(frozen=True)
 class Paint:
-    """table : (classes * 256,) label of a level; mean, spread : (labels,); seed of the texture."""
+    """table : (classes * 256,) label of a class and level; mean, spread : (labels,); seed of the texture."""
 
     table: Tensor
     mean: Tensor
@@ -58,25 +60,43 @@ def sample_params(
 def synthesise(
     scan: BinnedScan, params: Params, /, *, spacing_mm: deform.Spacing, device: str = "cpu"
 ) -> tuple[Tensor, Tensor]:
-    """Make one training pair.
+    """Make one training pair: compiled on a CPU, in torch on any other device.
 
     Returns
     -------
-    image : (*size) float32 in [0, 1]; label : (*size) int8 with IGNORE
+    image : (*size) uint8, 255 for the brightest; label : (*size) int8 with IGNORE
     """
-    where = torch.device(device)
+    if device == "cpu":
+        return _compiled(scan, params, spacing_mm)
+    image, label = in_torch(scan, params, spacing_mm=spacing_mm, device=torch.device(device))
+    return image.mul_(LEVELS - 1).add_(0.5).to(torch.uint8), label
+
+
+def move(target: np.ndarray, deformation: deform.Deformation, /, *, spacing_mm: deform.Spacing) -> np.ndarray:
+    """Look up a label map, (*size) int8, through a deformation."""
+    label, no_image, none = np.empty_like(target), np.empty((0, 0, 0), np.float32), np.empty(0, np.float32)
+    where = _splines(deform.control_points(deformation, size=target.shape, spacing_mm=spacing_mm), target.shape)
+    kernels.look_up(target.view(np.uint8), target, target, *where, none, none, 0, 0.0, no_image, label)
+    return label
+
+
+def in_torch(
+    scan: BinnedScan, params: Params, /, *, spacing_mm: deform.Spacing, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """One training pair on a device: image (*size) float32 in [0, 1], label (*size) int8 with IGNORE."""
     size = scan.levels.shape
-    place = deform.coordinates(params.deformation, size=size, spacing_mm=spacing_mm, device=where)
+    levels, classes, distance_mm = _on_device(scan, device)
+    place = deform.coordinates(params.deformation, size=size, spacing_mm=spacing_mm, device=device)
     index, inside = deform.nearest(place, size=size)
-    target = _take(scan.target, index, inside, where)
+    target = classes.flatten().index_select(0, index).mul_(inside)
     if params.paint is None:
-        image = deform.linear(_tensor(scan.levels, where).float().div_(LEVELS - 1), place)
+        image = deform.linear(levels.float().div_(LEVELS - 1), place)
     else:
-        levels = _take(scan.levels, index, inside, where)
-        image = paint(levels, target, params.paint).reshape(size)
+        seen = levels.flatten().index_select(0, index).mul_(inside)
+        image = paint(seen, target, params.paint).reshape(size)
     if params.cut_mm is not None:
-        distance = _take(scan.distance_mm, index, torch.ones_like(inside), where)
-        image = image.masked_fill((distance > params.cut_mm).reshape(size), 0.0)
+        beyond = distance_mm.flatten().index_select(0, index) > params.cut_mm
+        image = image.masked_fill(beyond.reshape(size), 0.0)
     image = augment.apply(image, params.appearance)
     return image, augment.crop(target.reshape(size), params.appearance.crop)
 
@@ -84,11 +104,38 @@ def synthesise(
 def paint(levels: Tensor, target: Tensor, params: Paint, /) -> Tensor:
     """Give every label its intensity: levels (voxels,) uint8 and target (voxels,) int8 -> (voxels,) float32."""
     code = target.clamp(min=0).to(torch.int32).mul_(LEVELS).add_(levels)
-    table = params.table.to(levels.device)
-    image = params.mean.to(levels.device)[table].index_select(0, code)
-    generator = torch.Generator(levels.device).manual_seed(params.seed)
-    texture = torch.randn(code.shape, generator=generator, device=levels.device)
-    return image.addcmul_(texture, params.spread.to(levels.device)[table].index_select(0, code)).clamp_(0, 1)
+    mean, spread = (part[params.table].to(levels.device, non_blocking=True) for part in (params.mean, params.spread))
+    texture = random.normals(tuple(code.shape), params.seed, device=levels.device)
+    return mean.index_select(0, code).addcmul_(texture, spread.index_select(0, code)).clamp_(0, 1)
+
+
+def _compiled(scan: BinnedScan, params: Params, spacing_mm: deform.Spacing) -> tuple[Tensor, Tensor]:
+    size, look = scan.levels.shape, params.appearance
+    image, label = np.empty(size, np.float32), np.empty(size, np.int8)
+    where = _splines(deform.control_points(params.deformation, size=size, spacing_mm=spacing_mm), size)
+    mean, spread, seed = np.empty(0, np.float32), np.empty(0, np.float32), 0
+    if params.paint is not None:
+        mean, spread = (part[params.paint.table].numpy() for part in (params.paint.mean, params.paint.spread))
+        seed = params.paint.seed
+    cut = math.inf if params.cut_mm is None else params.cut_mm
+    kernels.look_up(scan.levels, scan.target, scan.distance_mm, *where, mean, spread, seed, cut, image, label)
+    if look.bias is not None:
+        kernels.multiply(image, *_splines(look.bias, size))
+    augment.spread_in_place(image, look.spread)
+    image = augment.acquire(torch.from_numpy(image), look).numpy()
+    noise, box = (look.noise_sd, look.noise_seed), augment.box(size, look.crop)
+    seen = np.empty(-(-image.size // (every := augment.stride(image.size))), np.float32)
+    kernels.sample(image, every, *noise, box, seen)
+    low, scale = augment.bounds(torch.from_numpy(seen))
+    result = np.empty(size, np.uint8)
+    kernels.finish(image, *noise, box, low.item(), scale.item(), result, label)
+    return torch.from_numpy(result), torch.from_numpy(label)
+
+
+def _splines(control: Tensor, size: deform.Size) -> tuple[np.ndarray, kernels.Bases]:
+    """Control points and their splines as the kernels take them."""
+    x, y, z = (splines.basis(n - 2, length).numpy() for n, length in zip(control.shape[1:], size, strict=True))
+    return control.contiguous().numpy(), (x, y, np.ascontiguousarray(z.T))
 
 
 def _sample_paint(scan: BinnedScan, config: SynthesisConfig, generator: torch.Generator) -> Paint:
@@ -105,10 +152,10 @@ def _sample_paint(scan: BinnedScan, config: SynthesisConfig, generator: torch.Ge
     return Paint(table, mean, spread, integer(0, 2**31 - 1, generator))
 
 
-def _take(volume: np.ndarray, index: Tensor, inside: Tensor, device: torch.device) -> Tensor:
-    return _tensor(volume.reshape(-1), device).index_select(0, index).mul_(inside)
-
-
-def _tensor(array: np.ndarray, device: torch.device) -> Tensor:
+@lru_cache(maxsize=64)
+def _on_device(scan: BinnedScan, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Levels, classes and distances of a scan, kept on the device from sample to sample."""
     # Arrays that come through shared memory are read-only, and torch wants to own what it wraps.
-    return torch.from_numpy(np.require(array, requirements=["C", "W"])).to(device)
+    arrays = (np.require(part, requirements=["C", "W"]) for part in (scan.levels, scan.target, scan.distance_mm))
+    levels, classes, distance_mm = (torch.from_numpy(array).to(device) for array in arrays)
+    return levels, classes, distance_mm

@@ -68,6 +68,22 @@ def run(
 
 
 @app.command()
+def preview(
+    items: Annotated[
+        list[str],
+        typer.Argument(metavar="CONFIG|KEY=VALUE", help="YAML files or presets, then settings; later ones win."),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the sheet and the samples.")] = Path("preview"),
+    count: Annotated[int, typer.Option(min=1, max=100, help="Samples.")] = 24,
+) -> None:
+    """Show what the network will see: samples of the first stage."""
+    from onelabel.configs.load import load
+    from onelabel.orchestrator import preview as previewing
+
+    typer.echo(previewing.preview(load(items), out, count=count))
+
+
+@app.command()
 def demo(
     data: Annotated[Path | None, typer.Option(help="Folder of the demo's scans; fetched when not given.")] = None,
     storage: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),

@@ -13,7 +13,7 @@ from onelabel.configs.schema import RunConfig
 from onelabel.orchestrator.console import stage
 from onelabel.orchestrator.rounds import Round, plan
 from onelabel.orchestrator.select import select
-from onelabel.orchestrator.setup import open_cohorts, open_folder
+from onelabel.orchestrator.setup import needs, open_cohorts, open_folder
 from onelabel.orchestrator.summary import summarise
 from onelabel.orchestrator.tracking import Tracker, preload
 from onelabel.orchestrator.work import Work
@@ -44,7 +44,8 @@ def run(config: RunConfig, /) -> Outcome:
     rounds = plan(config, folder)
     preload()
     with runtime.connect(config.compute) as joined, Tracker(config, folder) as tracker:
-        resources.check(resources.of_stage(config.compute), wait_s=config.compute.wait_s if joined else 0)
+        demands = resources.of_stage(config.compute, **needs(config, cohorts))
+        resources.check(demands, wait_s=config.compute.wait_s if joined else 0)
         work = Work(config, cohorts, folder, tracker, Queue(actor_options={"num_cpus": 0}))
         previous = selection = None
         for now in rounds:

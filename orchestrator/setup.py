@@ -1,6 +1,7 @@
 """All that can fail before a run begins, fails here."""
 
 import hashlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from onelabel.configs.schema import RunConfig, Source
 from onelabel.errors import ClusterError, ConfigError, DataError, OnelabelError
 from onelabel.imaging import volume
 from onelabel.models.learners import LEARNERS
+from onelabel.tasks import streams
 from onelabel.tasks.cohort import Cohort, open_cohort
 
 _RECORD = "config.yaml"
@@ -65,6 +67,15 @@ def open_cohorts(config: RunConfig, /) -> Cohorts:
             )
     test = _open(config.data.test, labels=True) if config.data.test else None
     return Cohorts(labelled, unlabelled, test)
+
+
+def needs(config: RunConfig, cohorts: Cohorts, /) -> dict[str, float]:
+    """Bytes of a synthesis actor, and of a train worker's samples in flight and scans in the object store."""
+    voxels = math.prod(config.grid.size)
+    scans = len(cohorts.labelled) + max((stage.select.k for stage in config.stages if stage.ranker), default=0)
+    flying = max(max(config.compute.ahead, stage.learner.batch) for stage in config.stages)
+    store = flying * streams.sample_bytes(voxels) + scans * streams.scan_bytes(voxels)
+    return {"actor_bytes": streams.actor_bytes(voxels), "store_bytes": store}
 
 
 def open_folder(config: RunConfig, /) -> Path:

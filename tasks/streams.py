@@ -4,10 +4,12 @@ Sample i of a stream is a pure function of the stream and i, so any actor may ma
 bytes are the same.
 """
 
+import math
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,7 @@ import torch
 from onelabel.configs.augmentation import DeformConfig, SynthesisConfig
 from onelabel.configs.schema import RunConfig, StreamConfig
 from onelabel.errors import DataError
-from onelabel.imaging import deform, random, synthesis
+from onelabel.imaging import random
 from onelabel.imaging.labels import BinnedScan
 from onelabel.imaging.prepare import scan_on_grid
 from onelabel.imaging.volume import Grid
@@ -26,10 +28,36 @@ from onelabel.tasks.cohort import Cohort
 
 Sample = tuple[np.ndarray, np.ndarray, float]
 
+_PROCESS_BYTES = 700 << 20  # of an actor that has made nothing yet
+_VOXEL_BYTES = 24  # at most, of an actor that makes a sample
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds that a batch was waited for, and that actors took to make it."""
+
+    waited: float
+    made: float
+
+
+def actor_bytes(voxels: int, /) -> int:
+    """Memory that a synthesis actor declares for a grid."""
+    return _PROCESS_BYTES + _VOXEL_BYTES * voxels
+
+
+def sample_bytes(voxels: int, /) -> int:
+    """What a sample takes in the object store: image and label."""
+    return 2 * voxels
+
+
+def scan_bytes(voxels: int, /) -> int:
+    """What a prepared scan takes there: intensity, class and distance."""
+    return 3 * voxels
+
 
 @dataclass(frozen=True)
 class Ingredient:
-    """Scans (references to BinnedScan) of equal treatment, with a weight each."""
+    """Scans (BinnedScan, or references to such) of equal treatment, with a weight each."""
 
     type: str
     share: float
@@ -45,46 +73,50 @@ class Stream:
     ingredients: tuple[Ingredient, ...]
     synthesis: SynthesisConfig
     spacing_mm: tuple[float, float, float]
+    voxels: int
     seed: int
 
 
-def draw(stream: Stream, index: int, /, *, device: str = "cpu") -> Sample:
+def fetch(scan: Any, /) -> BinnedScan:
+    """A scan, or what a reference to one refers to."""
+    fetched: BinnedScan = ray.get(scan) if isinstance(scan, ray.ObjectRef) else scan
+    return fetched
+
+
+def draw(stream: Stream, index: int, /, *, device: str = "cpu", fetch: Callable[[Any], BinnedScan] = fetch) -> Sample:
     """Sample `index` of a stream.
 
     Returns
     -------
-    image : (*size) float16; label : (*size) int8; weight
+    image : (*size) uint8, empty where there is a mask alone; label : (*size) int8; weight
     """
+    from onelabel.imaging import synthesis  # numba takes half a second to import, and only actors draw
+
     generator = random.generator(stream.seed, index)
     shares = torch.tensor([ingredient.share for ingredient in stream.ingredients])
     ingredient = stream.ingredients[int(torch.multinomial(shares, 1, generator=generator))]
     place = random.integer(0, len(ingredient.scans) - 1, generator)
-    scan: BinnedScan = ray.get(ingredient.scans[place])
+    scan = fetch(ingredient.scans[place])
     if ingredient.type == "mask":
-        image, label = _mask_alone(scan, stream, ingredient, generator)
-    else:
-        params = synthesis.sample_params(
-            scan,
-            stream.synthesis,
-            spacing_mm=stream.spacing_mm,
-            real=ingredient.type == "real",
-            deform_config=ingredient.deform,
-            generator=generator,
-        )
-        image, label = synthesis.synthesise(scan, params, spacing_mm=stream.spacing_mm, device=device)
-    return image.half().cpu().numpy(), label.cpu().numpy(), ingredient.weights[place]
+        return np.empty(0, np.uint8), _mask_alone(scan, stream, ingredient, generator), ingredient.weights[place]
+    params = synthesis.sample_params(
+        scan,
+        stream.synthesis,
+        spacing_mm=stream.spacing_mm,
+        real=ingredient.type == "real",
+        deform_config=ingredient.deform,
+        generator=generator,
+    )
+    image, label = synthesis.synthesise(scan, params, spacing_mm=stream.spacing_mm, device=device)
+    return image.cpu().numpy(), label.cpu().numpy(), ingredient.weights[place]
 
 
-def _mask_alone(
-    scan: BinnedScan, stream: Stream, ingredient: Ingredient, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
-    size = scan.target.shape
+def _mask_alone(scan: BinnedScan, stream: Stream, ingredient: Ingredient, generator: torch.Generator) -> np.ndarray:
+    from onelabel.imaging import deform, synthesis
+
     config = ingredient.deform or stream.synthesis.deform
-    moved = deform.sample_deformation(config, size=size, spacing_mm=stream.spacing_mm, generator=generator)
-    place = deform.coordinates(moved, size=size, spacing_mm=stream.spacing_mm, device=torch.device("cpu"))
-    index, inside = deform.nearest(place, size=size)
-    label = (torch.tensor(scan.target).flatten().index_select(0, index) * inside).reshape(size)
-    return torch.zeros(0), label
+    moved = deform.sample_deformation(config, size=scan.target.shape, spacing_mm=stream.spacing_mm, generator=generator)
+    return synthesis.move(scan.target, moved, spacing_mm=stream.spacing_mm)
 
 
 @ray.remote
@@ -93,18 +125,24 @@ class SynthActor:
 
     def __init__(self, device: str) -> None:
         torch.set_num_threads(1)
-        self.device = device
+        self.device, self.fetch = device, lru_cache(maxsize=64)(fetch)
 
-    def draw(self, stream: Stream, index: int) -> Sample:
-        """Sample `index` of a stream."""
-        return draw(stream, index, device=self.device)
+    def draw(self, stream: Stream, index: int) -> tuple[Sample, float]:
+        """Sample `index` of a stream, and the seconds that it took."""
+        begin = time.perf_counter()
+        return draw(stream, index, device=self.device, fetch=self.fetch), time.perf_counter() - begin
 
 
 class SynthPool:
-    """Synthesis actors, owned by the driver; a lost one is started again and repeats only its calls in flight."""
+    """Synthesis actors, owned by the driver; a lost one is started again and repeats only its calls in flight.
 
-    def __init__(self, actors: int, /, *, cpus: float = 1, gpus: float = 0) -> None:
+    memory : bytes that each declares
+    """
+
+    def __init__(self, actors: int, /, *, cpus: float = 1, gpus: float = 0, memory: int = 0) -> None:
         options = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": -1, "max_task_retries": -1}
+        if memory:
+            options["memory"] = memory
         device = "cuda" if gpus else "cpu"
         self.actors = [SynthActor.options(**options).remote(device) for _ in range(actors)]  # type: ignore[attr-defined]
 
@@ -116,8 +154,8 @@ class SynthPool:
 
 def read(
     stream: Any, actors: list[Any], /, *, first: int, every: int, batch: int, ahead: int, device: torch.device
-) -> Iterator[tuple[Samples, float]]:
-    """Batches in order, with the seconds spent waiting for each.
+) -> Iterator[tuple[Samples, Times]]:
+    """Batches in order, with the times that each took.
 
     Parameters
     ----------
@@ -132,16 +170,16 @@ def read(
             flying.append(actors[(index // every) % len(actors)].draw.remote(stream, index))
             index += every
         start = time.perf_counter()
-        samples = ray.get([flying.popleft() for _ in range(batch)])
+        samples, seconds = zip(*ray.get([flying.popleft() for _ in range(batch)]), strict=True)
         waited = time.perf_counter() - start
-        yield collate(samples, device), waited
+        yield collate(samples, device), Times(waited, sum(seconds))
 
 
-def collate(samples: list[Sample], device: torch.device, /) -> Samples:
+def collate(samples: Sequence[Sample], device: torch.device, /) -> Samples:
     """Stack samples to a batch on a device."""
     images, labels, weights = zip(*samples, strict=True)
     return Samples(
-        torch.from_numpy(np.stack(images)).to(device, non_blocking=True).float().unsqueeze(1),
+        torch.from_numpy(np.stack(images)).to(device, non_blocking=True).float().div_(255).unsqueeze(1),
         torch.from_numpy(np.stack(labels)).to(device, non_blocking=True),
         torch.tensor(weights, dtype=torch.float32, device=device),
     )
@@ -187,4 +225,4 @@ def build(
     scans : references and weights by `labelled` and `selected`
     """
     ingredients = [Ingredient(s.type, s.share, tuple(scans[s.of][0]), tuple(scans[s.of][1]), s.deform) for s in streams]
-    return Stream(tuple(ingredients), config.synthesis, config.grid.spacing_mm, seed)
+    return Stream(tuple(ingredients), config.synthesis, config.grid.spacing_mm, math.prod(config.grid.size), seed)

@@ -26,13 +26,15 @@ from onelabel.models import checkpoint, networks
 from onelabel.models.learners import LEARNERS, Learner, Progress, Samples
 from onelabel.models.precision import use_bf16
 from onelabel.tasks import streams
-from onelabel.tasks.streams import Stream, SynthPool
+from onelabel.tasks.streams import Stream, SynthPool, Times
 
 log = logging.getLogger(__name__)
 
 Row = dict[str, float]
 _STATE = "state.pt"
 _WEIGHTS = "checkpoint"
+_TELLING_S = 30
+_MUCH_WAITING, _LITTLE_WAITING, _MUCH_IDLING = 0.1, 0.02, 0.5
 
 
 @dataclass(frozen=True)
@@ -69,18 +71,19 @@ def fit(
     folder : Ray Train's state; a run that was cut off goes on from it. Removed at the end.
     out : the checkpoint folder to write
     queue : for rows from the workers; used by one call at a time
-    on_progress : called from another thread with rows of step, losses, steps_per_s and wait_share
+    on_progress : called from another thread with rows of step, losses, steps_per_s, wait_share and idle_share
 
     Returns
     -------
-    The last row: steps_per_s, wait_share (of the whole), seconds.
+    The last row, of the whole: seconds, steps_per_s, wait_share and, of the synthesis actors, idle_share.
 
     Raises
     ------
     ClusterError : training failed more often than Ray Train may try again.
     """
     actors = compute.synth_actors * compute.train_workers
-    pool = SynthPool(actors, cpus=compute.synth_cpus, gpus=compute.synth_gpus)
+    memory = streams.actor_bytes(max(stream.voxels for stream in sources.values()))
+    pool = SynthPool(actors, cpus=compute.synth_cpus, gpus=compute.synth_gpus, memory=memory)
     settings = {
         "task": task,
         "compute": compute,
@@ -101,7 +104,20 @@ def fit(
     with result.checkpoint.as_directory() as kept:
         _move(Path(kept) / _WEIGHTS, out)
     shutil.rmtree(folder, ignore_errors=True)
-    return {key: result.metrics[key] for key in ("seconds", "steps_per_s", "wait_share")}
+    figures = {key: result.metrics[key] for key in ("seconds", "steps_per_s", "wait_share", "idle_share")}
+    _advise(figures)
+    return figures
+
+
+def _advise(figures: Row) -> None:
+    """Say which side holds the other up."""
+    if figures["seconds"] < _TELLING_S:
+        return
+    waiting, idle = (f"{figures[key]:.0%}" for key in ("wait_share", "idle_share"))
+    if figures["wait_share"] > _MUCH_WAITING:
+        log.warning("training waited %s of the time for images: raise compute.synth_actors", waiting)
+    elif figures["idle_share"] > _MUCH_IDLING and figures["wait_share"] < _LITTLE_WAITING:
+        log.info("synthesis actors idled %s of the time: more train workers or a smaller compute.synth_cpus", idle)
 
 
 def _trainer(settings: dict[str, Any], compute: ComputeConfig, folder: Path) -> TorchTrainer:
@@ -125,41 +141,55 @@ def _trainer(settings: dict[str, Any], compute: ComputeConfig, folder: Path) -> 
 
 def loop(
     learner: Learner,
-    batches: Mapping[str, Iterator[tuple[Samples, float]]],
+    batches: Mapping[str, Iterator[tuple[Samples, Times]]],
     task: FitTask,
     /,
     *,
     first: int,
     rank: int,
-    on_step: Callable[[int, dict[str, float], float], None],
+    on_step: Callable[[int, dict[str, float], Times], None],
 ) -> None:
     """The training loop of every method: it knows no Ray.
 
     Parameters
     ----------
-    batches : endless batches by stream name, each with the seconds it was waited for
+    batches : endless batches by stream name, each with the times that it took
     first : the step to begin with
-    on_step : called after each step with the step, what the learner logs and the seconds waited
+    on_step : called after each step with the step, what the learner logs and the times of its batches
     """
+    parts = task.learner.accumulate
     for step in range(first, task.steps):
-        # What is random in a step depends on the step alone, so a resumed run equals an undisturbed one.
-        torch.manual_seed(derive(task.seed, "step", rank, step))
-        drawn = {name: next(iterator) for name, iterator in batches.items()}
-        logged = learner.step(
-            {name: samples for name, (samples, _) in drawn.items()},
-            Progress(step, task.steps, task.round, task.rounds),
-        )
-        on_step(step, logged, sum(waited for _, waited in drawn.values()))
+        logged: dict[str, list[float]] = {}
+        times = []
+        for part in range(parts):
+            # What is random in a step depends on the step alone, so a resumed run equals an undisturbed one.
+            torch.manual_seed(derive(task.seed, "step", rank, step, part))
+            drawn = {name: next(iterator) for name, iterator in batches.items()}
+            row = learner.step(
+                {name: samples for name, (samples, _) in drawn.items()},
+                Progress(step, task.steps, task.round, task.rounds, part, parts),
+            )
+            for key, value in row.items():
+                logged.setdefault(key, []).append(value)
+            times += [each for _, each in drawn.values()]
+        total = Times(sum(each.waited for each in times), sum(each.made for each in times))
+        on_step(step, {key: sum(values) / len(values) for key, values in logged.items()}, total)
 
 
-def make_learner(task: FitTask, /, *, device: torch.device, precision: str, average: Any = None) -> Learner:
+def make_learner(task: FitTask, compute: ComputeConfig, /, *, device: torch.device, average: Any = None) -> Learner:
     """The task's learner with its initial weights."""
     torch.manual_seed(derive(task.seed, "weights"))
     network = networks.build(task.network)
     if task.initial is not None:
         network.load_state_dict(ray.get(task.initial))
+    if compute.channels_last:
+        layout = torch.channels_last if task.network.dims == 2 else torch.channels_last_3d
+        network = network.to(memory_format=layout)  # type: ignore[call-overload]
+    if compute.compile:
+        network.compile()
     extra = {"average": average} if average else {}
-    return LEARNERS[task.learner.type](task.learner, network, device=device, bf16=use_bf16(precision, device), **extra)
+    bf16 = use_bf16(compute.precision, device)
+    return LEARNERS[task.learner.type](task.learner, network, device=device, bf16=bf16, **extra)
 
 
 class _Reporter:
@@ -168,27 +198,24 @@ class _Reporter:
     def __init__(self, learner: Learner, task: FitTask, compute: ComputeConfig, queue: Queue, rank: int) -> None:
         self.learner, self.task, self.compute, self.queue, self.rank = learner, task, compute, queue, rank
         self.begin = self.saved = self.logged = time.perf_counter()
-        self.waited = self.waited_before = self.seconds_before = 0.0
+        self.total = {"seconds": 0.0, "waited": 0.0, "made": 0.0}
         self.sums: Row = {}
         self.count = 0
 
     def state(self, step: int) -> dict[str, Any]:
-        return {
-            "learner": self.learner.state_dict(),
-            "step": step,
-            "seconds": self.seconds_before + time.perf_counter() - self.begin,
-            "waited": self.waited_before + self.waited,
-        }
+        now = time.perf_counter()
+        self.total["seconds"] += now - self.begin
+        self.begin = now
+        return {"learner": self.learner.state_dict(), "step": step, "total": dict(self.total)}
 
     def resume(self, state: Mapping[str, Any]) -> int:
         self.learner.load_state_dict(state["learner"])
-        self.seconds_before, self.waited_before = state["seconds"], state["waited"]
+        self.total = dict(state["total"])
         return int(state["step"])
 
-    def __call__(self, step: int, logged: Mapping[str, float], waited: float) -> None:
-        self.waited += waited
+    def __call__(self, step: int, logged: Mapping[str, float], times: Times) -> None:
         self.count += 1
-        for key, value in (*logged.items(), ("wait_s", waited)):
+        for key, value in (*logged.items(), ("waited", times.waited), ("made", times.made)):
             self.sums[key] = self.sums.get(key, 0.0) + value
         done = step + 1
         if done % self.task.every and done < self.task.steps:
@@ -200,21 +227,24 @@ class _Reporter:
             self.saved = time.perf_counter()
 
     def _send(self, done: int, now: float) -> None:
-        elapsed = now - self.logged
+        elapsed = {"seconds": now - self.logged} | {key: self.sums.pop(key) for key in ("waited", "made")}
+        self.total["waited"] += elapsed["waited"]
+        self.total["made"] += elapsed["made"]
         if self.rank == 0:
             row = {key: value / self.count for key, value in self.sums.items()}
-            row |= {"wait_share": row.pop("wait_s") * self.count / elapsed, "steps_per_s": self.count / elapsed}
-            self.queue.put({"step": done} | row)
+            self.queue.put({"step": done, "steps_per_s": self.count / elapsed["seconds"]} | row | self._shares(elapsed))
         self.logged, self.count, self.sums = now, 0, {}
+
+    def _shares(self, spent: Row) -> Row:
+        """Shares of the time: of the trainer waiting, and of this worker's synthesis actors idling."""
+        busy = spent["made"] / (spent["seconds"] * self.compute.synth_actors)
+        return {"wait_share": spent["waited"] / spent["seconds"], "idle_share": max(0.0, 1 - busy)}
 
     def save(self, done: int) -> None:
         """Report a checkpoint; the last one holds the weights to deploy."""
         state = self.state(done)
-        metrics = {
-            "seconds": state["seconds"],
-            "wait_share": state["waited"] / state["seconds"],
-            "steps_per_s": done / state["seconds"],
-        }
+        seconds = state["total"]["seconds"]
+        metrics = {"seconds": seconds, "steps_per_s": done / seconds} | self._shares(state["total"])
         if self.rank:
             ray.train.report(metrics)
             return
@@ -234,7 +264,7 @@ def _work(settings: dict[str, Any]) -> None:
     rank, world = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
     torch.set_num_threads(compute.threads or max(1, int(compute.cpus_per_worker)))
-    learner = make_learner(task, device=device, precision=compute.precision, average=_average if world > 1 else None)
+    learner = make_learner(task, compute, device=device, average=_average if world > 1 else None)
     reporter = _Reporter(learner, task, compute, settings["queue"], rank)
     first = 0
     kept = ray.train.get_checkpoint()
@@ -248,7 +278,7 @@ def _work(settings: dict[str, Any]) -> None:
         name: streams.read(
             settings["streams"][name],
             settings["actors"][rank::world],
-            first=first * task.learner.batch * world + rank,
+            first=first * task.learner.batch * task.learner.accumulate * world + rank,
             every=world,
             batch=task.learner.batch,
             ahead=compute.ahead,

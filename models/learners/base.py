@@ -24,12 +24,14 @@ class Samples:
 
 @dataclass(frozen=True)
 class Progress:
-    """The step that is being taken, of how many; the round, of how many in its stage."""
+    """The step that is being taken, of how many; the round, of how many in its stage; the part of the step's batch."""
 
     step: int
     steps: int
     round: int = 0
     rounds: int = 1
+    part: int = 0
+    parts: int = 1
 
 
 def keep(parameters: list[nn.Parameter]) -> None:
@@ -84,12 +86,15 @@ class Learner(ABC):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def descend(self, loss: Tensor, progress: Progress) -> dict[str, float]:
-        """One optimiser step down a loss; returns what to log."""
+        """One optimiser step down a loss, or a part of one; returns what to log."""
+        if progress.part == 0:
+            self.optimiser.zero_grad()
+        (loss / progress.parts).backward()
+        if progress.part < progress.parts - 1:
+            return {"loss": loss.item()}
         rate = learning_rate(self.base, progress)
         for group in self.optimiser.param_groups:
             group["lr"] = rate
-        self.optimiser.zero_grad()
-        loss.backward()
         parameters = list(self.network.parameters())
         self.average(parameters)
         norm = nn.utils.clip_grad_norm_(parameters, self.base.clip, error_if_nonfinite=False)

@@ -43,6 +43,14 @@ def test_what_can_never_be_met_is_refused_at_once(ray_cluster: None) -> None:
         check(of_stage(ComputeConfig(cpus_per_worker=4)), wait_s=0)
 
 
+def test_more_memory_than_there_is_is_refused_at_once(ray_cluster: None) -> None:
+    there = r"needs .* 10000.0 GiB of memory \(up to 10000.0 in one process\).*, the cluster has .* GiB of memory"
+    with pytest.raises(ClusterError, match=there):
+        check(of_stage(ComputeConfig(), actor_bytes=10000 * 2**30), wait_s=0)
+    with pytest.raises(ClusterError, match="10000.0 GiB of object store.*compute.ahead"):
+        check(of_stage(ComputeConfig(), store_bytes=10000 * 2**30), wait_s=0)
+
+
 def test_the_setting_to_change_is_named(ray_cluster: None) -> None:
     with pytest.raises(ClusterError, match="lower a.setting"):
         check([Demand("this", ({"GPU": 9.0},), "a.setting")], wait_s=0)

@@ -199,6 +199,32 @@ def test_errors_name_key_and_value(override: str, parts: list[str]) -> None:
     assert [part for part in parts if part not in message] == []
 
 
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        (
+            "synthesis.augment.blur.fwhm_mm=[3, 1]",
+            ["'synthesis.augment.blur.fwhm_mm'", "from low to high", "(3.0, 1.0)"],
+        ),
+        ("synthesis.augment.blur.fwhm_mm=[-1, 1]", ["'synthesis.augment.blur.fwhm_mm.0'", "-1"]),
+        ("synthesis.deform.warp_mm=[-2, 4]", ["'synthesis.deform.warp_mm.0'", "-2"]),
+        ("synthesis.deform.scale=[0, 1]", ["'synthesis.deform.scale.0'", "= 0"]),
+        ("synthesis.deform.rotate_deg=-3", ["'synthesis.deform.rotate_deg'", "-3"]),
+        ("synthesis.deform.flip=1.5", ["'synthesis.deform.flip'", "1.5"]),
+        ("synthesis.intensity.mean=[0, 2]", ["'synthesis.intensity.mean.1'", "= 2"]),
+        ("synthesis.augment.bias.strength=[0, 1.2]", ["'synthesis.augment.bias.strength.1'", "1.2"]),
+        ("synthesis.augment.noise.sd=[-0.1, 0.1]", ["'synthesis.augment.noise.sd.0'", "-0.1"]),
+        ("synthesis.augment.low_resolution.spacing_mm=[.inf, 2]", ["'synthesis.augment.low_resolution.spacing_mm.0'"]),
+        ("synthesis.bins.foreground=[6, 2]", ["'synthesis.bins.foreground'", "from low to high"]),
+        ("synthesis.bins.foreground=0", ["'synthesis.bins.foreground.0'", "= 0"]),
+        ("synthesis.augment.crop.share=[0.2, 0.1]", ["'synthesis.augment.crop.share'", "from low to high"]),
+    ],
+)
+def test_ranges_that_cannot_be_are_named(override: str, parts: list[str]) -> None:
+    message = sentence(override)
+    assert [part for part in parts if part not in message] == []
+
+
 def test_what_is_required_is_asked_for() -> None:
     with pytest.raises(ConfigError, match="'data' is missing; set it in a file or as data=VALUE"):
         load(["singlestrip"])

@@ -100,6 +100,20 @@ def test_the_grid_fits_the_network(size: Any) -> None:
     run(grid={"size": size}, network={"channels": [4], "patch": 1})
 
 
+def test_a_single_voxel_is_not_normalised() -> None:
+    with pytest.raises(ConfigError, match="leaves one voxel to normalise: some axis must exceed 16"):
+        run(grid={"size": 16})
+    run(grid={"size": [16, 16, 32]})
+    run(grid={"size": 16}, network={"norm": "group"})
+
+
+def test_there_are_at_most_255_labels() -> None:
+    many = {"bins": {"foreground": 80, "background": [3, 60]}}
+    run(synthesis=many)
+    with pytest.raises(ConfigError, match="up to 301 labels, more than 255; ask for fewer bins"):
+        run(synthesis=many, network={"classes": 4})
+
+
 def test_one_number_stands_for_all_axes() -> None:
     config = run(grid={"size": 32, "spacing_mm": 1.5}, synthesis={"bins": {"foreground": 4}})
     assert config.grid.size == (32, 32, 32)

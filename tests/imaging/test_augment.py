@@ -1,13 +1,15 @@
+import itertools
 import math
 from dataclasses import fields
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from onelabel.configs.augmentation import AugmentConfig
-from onelabel.imaging import augment
+from onelabel.imaging import augment, volume
 from onelabel.imaging.augment import Appearance
 
 SIZE = (20, 24, 16)
@@ -19,6 +21,8 @@ STRONG: dict[str, dict[str, Any]] = {
     "gamma": {"probability": 1, "log_exponent": (0.6, 0.6)},
     "blur": {"probability": 1, "fwhm_mm": (8, 8)},
     "low_resolution": {"probability": 1, "spacing_mm": (9, 9)},
+    "motion": {"probability": 1, "shift_mm": 15, "rotate_deg": 15},
+    "lines": {"probability": 1, "count": (3, 3)},
     "noise": {"probability": 1, "sd": (0.1, 0.1)},
     "crop": {"probability": 1, "share": (0.3, 0.3)},
 }
@@ -27,6 +31,8 @@ WEAK: dict[str, dict[str, Any]] = {
     "gamma": {"probability": 1, "log_exponent": (0, 0)},
     "blur": {"probability": 1, "fwhm_mm": (0, 0)},
     "low_resolution": {"probability": 1, "spacing_mm": (0, 2)},
+    "motion": {"probability": 1, "shift_mm": 0, "rotate_deg": 0},
+    "lines": {"probability": 0},  # a slice is lost or not
     "noise": {"probability": 1, "sd": (0, 0)},
     "crop": {"probability": 1, "share": (0, 0)},
 }
@@ -114,17 +120,32 @@ def _same(one: Any, two: Any) -> bool:
     return bool(one == two)
 
 
-@pytest.mark.parametrize("fwhm", [0.0, 0.5, 2.0, 6.0])
+def matrix_of(size: int, *, fwhm: float, factor: float) -> Tensor:
+    """What a spread does to an axis, (size, size)."""
+    spread = augment.spread_of(size, fwhm=fwhm, factor=factor)
+    assert spread is not None
+    return spread.matrix()
+
+
+@pytest.mark.parametrize("fwhm", [0.0, 0.5, 2.0, 6.0, 90.0])
 @pytest.mark.parametrize("factor", [0.0, 1.0, 1.5, 3.0, 7.0, 50.0])
-def test_a_spread_matrix_keeps_constants(fwhm: float, factor: float) -> None:
-    matrix = augment.spread_matrix(24, fwhm=fwhm, factor=factor)
+@pytest.mark.parametrize("size", [2, 3, 24])
+def test_a_spread_keeps_constants(size: int, fwhm: float, factor: float) -> None:
     if fwhm == 0 and factor <= 1:
-        assert matrix is None
+        assert augment.spread_of(size, fwhm=fwhm, factor=factor) is None
         return
-    assert matrix is not None
+    matrix = matrix_of(size, fwhm=fwhm, factor=factor)
+    assert matrix.shape == (size, size)
     assert matrix.dtype == torch.float32
     assert (matrix >= 0).all()
-    assert torch.allclose(matrix.sum(1), torch.ones(24), atol=1e-5)
+    assert torch.allclose(matrix.sum(1), torch.ones(size), atol=1e-5)
+
+
+@pytest.mark.parametrize("fwhm", [0.3, 1.0, 4.0, 11.0])
+def test_blur_is_a_gaussian_but_for_its_tails(fwhm: float) -> None:
+    distance = torch.arange(40)[:, None] - torch.arange(40)[None]
+    whole = torch.exp2(-((2 * distance / fwhm) ** 2))
+    assert torch.allclose(matrix_of(40, fwhm=fwhm, factor=0), whole / whole.sum(1, keepdim=True), atol=2e-3)
 
 
 def width_at_half_maximum(line: Tensor) -> float:
@@ -139,17 +160,16 @@ def width_at_half_maximum(line: Tensor) -> float:
 
 @pytest.mark.parametrize("fwhm", [2.0, 4.0, 7.5])
 def test_blur_has_its_width_at_half_maximum(fwhm: float) -> None:
-    matrix = augment.spread_matrix(61, fwhm=fwhm, factor=0)
-    assert matrix is not None
+    matrix = matrix_of(61, fwhm=fwhm, factor=0)
     assert width_at_half_maximum(matrix[30]) == pytest.approx(fwhm, rel=0.03)
 
 
 def test_blur_is_in_mm() -> None:
     size, spacing = (61, 61, 61), (1.0, 2.0, 4.0)
     drawn = sampled(size=size, spacing_mm=spacing, blur={"probability": 1, "fwhm_mm": (12, 12)})
-    for matrix, step in zip(drawn.spread, spacing, strict=True):
-        assert matrix is not None
-        assert width_at_half_maximum(matrix[30]) * step == pytest.approx(12, rel=0.03)
+    for one, step in zip(drawn.spread, spacing, strict=True):
+        assert one is not None
+        assert width_at_half_maximum(one.matrix()[30]) * step == pytest.approx(12, rel=0.03)
 
 
 def test_blur_spreads_an_impulse_alike_along_each_axis(image: Tensor) -> None:
@@ -168,8 +188,7 @@ def test_blur_spreads_an_impulse_alike_along_each_axis(image: Tensor) -> None:
 
 
 def test_low_resolution_loses_what_is_fine_and_keeps_what_is_coarse() -> None:
-    matrix = augment.spread_matrix(64, fwhm=0, factor=4)
-    assert matrix is not None
+    matrix = matrix_of(64, fwhm=0, factor=4)
     assert int(torch.linalg.matrix_rank(matrix)) == 16, "one value for each coarse voxel"
     place = torch.arange(64)
     fine, coarse = torch.cos(math.pi * place), torch.cos(2 * math.pi * place / 64)
@@ -184,7 +203,7 @@ def test_low_resolution_is_in_mm_and_on_one_axis_or_all() -> None:
         spread = sampled(seed, spacing_mm=(1, 2, 20), low_resolution=low).spread
         # The third axis is coarser as it is.
         assert spread[2] is None
-        ranks = [None if matrix is None else int(torch.linalg.matrix_rank(matrix)) for matrix in spread[:2]]
+        ranks = [None if one is None else int(torch.linalg.matrix_rank(one.matrix())) for one in spread[:2]]
         axes.append((ranks[0] is not None, ranks[1] is not None))
         assert ranks[0] in (None, 2) and ranks[1] in (None, round(24 * 2 / 10))
     assert {(True, True), (True, False), (False, True), (False, False)} == set(axes)
@@ -210,7 +229,8 @@ def test_bias_is_smooth_and_darkens_at_most_as_said() -> None:
     for seed in range(8):
         drawn = sampled(seed, bias={"probability": 1, "strength": (0.4, 0.4)})
         assert drawn.bias is not None
-        field = augment.splines.evaluate(drawn.bias, SIZE)[0].exp()
+        assert drawn.bias.min() >= 0.6 and drawn.bias.max() <= 1
+        field = augment.splines.evaluate(drawn.bias, SIZE)[0]
         assert field.min() >= 0.6 - 1e-4 and field.max() <= 1 + 1e-5
         assert field.max() - field.min() > 0.03
         assert max(field.diff(dim=axis).abs().max().item() for axis in range(3)) < 0.1
@@ -257,19 +277,51 @@ def test_a_crop_of_everything_is_black(image: Tensor) -> None:
 
 @pytest.mark.parametrize(("factor", "offset"), [(1, 0), (7, 0), (0.01, 0), (300, -50), (1, 1000)])
 def test_rescale_undoes_any_scale_and_offset(image: Tensor, factor: float, offset: float) -> None:
-    done = augment.rescale(image * factor + offset, every=1)
+    done = augment.rescale(image * factor + offset)
     assert done.min() == 0 and done.max() == 1
-    assert torch.allclose(done, augment.rescale(image, every=1), atol=2e-3)
+    assert torch.allclose(done, augment.rescale(image), atol=2e-3)
+
+
+def test_rescale_is_what_prediction_does(image: Tensor) -> None:
+    for bent in (image, image**3, 1 - image**2):
+        assert np.allclose(augment.rescale(bent * 7 - 2).numpy(), volume.scale(bent.numpy() * 7 - 2), atol=1e-4)
 
 
 def test_rescale_is_blind_to_few_outliers() -> None:
     image = torch.rand(32, 32, 32, generator=torch.Generator().manual_seed(0))
-    expected = augment.rescale(image, every=1)
+    expected = augment.rescale(image)
     image[0, 0, :10] = 50
-    assert (augment.rescale(image, every=1) - expected)[1:].abs().max() < 0.05
+    assert augment.rescale(image).max() == 1
+    assert (augment.rescale(image) - expected)[1:].abs().max() < 0.05
 
 
 def test_rescale_of_a_constant_is_finite() -> None:
     done = augment.rescale(torch.full(SIZE, 3.0))
     assert torch.isfinite(done).all()
     assert 0 <= done.min() and done.max() <= 1
+
+
+def test_bounds_are_quantiles_of_all_and_of_the_lit() -> None:
+    for seed in range(5):
+        sample = torch.rand(3001, generator=torch.Generator().manual_seed(seed)) ** (seed + 1)
+        low, scale = augment.bounds(sample)
+        expected = sample.quantile(0.001), sample[sample > sample.mean()].quantile(0.995)
+        assert low == pytest.approx(expected[0].item(), abs=1e-3)
+        assert low + 1 / scale == pytest.approx(expected[1].item(), abs=1e-3)
+
+
+@pytest.mark.parametrize("size", [(20, 24, 16), (64, 64, 64), (80, 96, 96), (96, 112, 96), (120, 120, 120)])
+def test_every_slice_has_a_part_in_the_range(size: tuple[int, int, int]) -> None:
+    voxels = math.prod(size)
+    taken = np.unravel_index(np.arange(0, voxels, augment.stride(voxels)), size)
+    assert min(voxels, 8000) <= len(taken[0]) <= 33000
+    assert [len(np.unique(axis)) for axis in taken] == list(size)
+
+
+def test_a_box_is_what_a_crop_leaves() -> None:
+    assert augment.box(SIZE, None).tolist() == [[0, 20], [0, 24], [0, 16]]
+    for axis, first in itertools.product(range(3), (0, 5)):
+        view = (axis, first, SIZE[axis] - 5 + first)
+        seen = augment.crop(torch.ones(SIZE), view).nonzero()
+        low, high = augment.box(SIZE, view).T.tolist()
+        assert (low, high) == (seen.amin(0).tolist(), (seen.amax(0) + 1).tolist())

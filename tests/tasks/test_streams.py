@@ -7,7 +7,7 @@ import ray
 import torch
 
 from onelabel.configs.augmentation import DeformConfig
-from onelabel.configs.schema import RunConfig, StreamConfig
+from onelabel.configs.schema import GridConfig, RunConfig, StreamConfig
 from onelabel.errors import DataError
 from onelabel.tasks import streams
 from onelabel.tasks.cohort import Cohort
@@ -42,14 +42,39 @@ def test_a_sample_depends_on_stream_and_index_alone(stream: Stream) -> None:
     once, again, other = streams.draw(stream, 5), streams.draw(stream, 5), streams.draw(stream, 6)
     assert all(np.array_equal(a, b) for a, b in zip(once, again, strict=True))
     assert not np.array_equal(once[0], other[0])
-    assert (once[0].dtype, once[1].dtype) == (np.float16, np.int8)
+    assert (once[0].dtype, once[1].dtype) == (np.uint8, np.int8)
 
 
 def test_order_does_not_depend_on_the_number_of_actors(stream: Stream) -> None:
     one, three = first(stream, 1, 7), first(stream, 3, 7)
     assert all(np.array_equal(a, b) for a, b in zip(one, three, strict=True))
-    expected = [streams.draw(stream, i)[0].astype(np.float32)[None, None] for i in range(7)]
-    assert all(np.array_equal(a, b) for a, b in zip(one, expected, strict=True))
+    expected = [(streams.draw(stream, i)[0].astype(np.float32) / 255)[None, None] for i in range(7)]
+    assert all(np.allclose(a, b, atol=1e-6) for a, b in zip(one, expected, strict=True))
+
+
+def test_batches_tell_what_they_took(stream: Stream) -> None:
+    pool = SynthPool(1, cpus=0.2)
+    reader = streams.read(ray.put(stream), pool.actors, first=0, every=1, batch=3, ahead=3, device=CPU)
+    times = [each for _, each in islice(reader, 3)]
+    pool.close()
+    assert all(each.waited >= 0 and each.made > 0 for each in times)
+
+
+def test_an_actor_stays_within_the_memory_it_declares(ray_cluster: None, config: RunConfig, heads: Cohort) -> None:
+    large = config.model_copy(update={"grid": GridConfig(spacing_mm=2, size=128)})  # type: ignore[arg-type]
+    scans = {"labelled": (streams.prepare(heads, large)[:1], [1.0])}
+    parts = (StreamConfig(type="synthetic", share=0.5), StreamConfig(type="real", share=0.5))
+    reference = ray.put(streams.build(parts, large, scans=scans, seed=0))
+
+    @ray.remote(num_cpus=0.2)
+    def peak(stream: Stream) -> int:
+        import resource
+
+        for index in range(8):
+            streams.draw(stream, index)
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    assert ray.get(peak.remote(reference)) < streams.actor_bytes(128**3)
 
 
 def test_workers_share_a_stream_without_overlap(stream: Stream) -> None:

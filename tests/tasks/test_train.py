@@ -1,3 +1,4 @@
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import count
@@ -9,15 +10,17 @@ import ray
 import torch
 from ray.util.queue import Queue
 
-from onelabel.configs.schema import RunConfig, SupervisedConfig
+from onelabel.configs.schema import ComputeConfig, RunConfig, SupervisedConfig
 from onelabel.models import checkpoint
 from onelabel.models.checkpoint import Meta
 from onelabel.models.learners import Samples
 from onelabel.tasks import streams, train
 from onelabel.tasks.cohort import Cohort
+from onelabel.tasks.streams import Times
 from onelabel.tasks.train import FitTask, fit, loop, make_learner
 
 CPU = torch.device("cpu")
+FLOAT = ComputeConfig(precision="float32")
 
 
 @pytest.fixture
@@ -27,27 +30,59 @@ def task(config: RunConfig) -> FitTask:
     return FitTask(SupervisedConfig(), network, 6, 1, meta, every=2)
 
 
-def noise(first: int) -> Iterator[tuple[Samples, float]]:
+def noise(first: int) -> Iterator[tuple[Samples, Times]]:
     """Endless samples; each depends on its number alone."""
     for i in count(first):
         generator = torch.Generator().manual_seed(i)
         image = torch.rand(1, 1, 16, 16, 16, generator=generator)
-        yield Samples(image, (image[:, 0] > 0.5).to(torch.int8), torch.ones(1)), 0.0
+        yield Samples(image, (image[:, 0] > 0.5).to(torch.int8), torch.ones(1)), Times(0.0, 0.0)
 
 
 def test_a_resumed_loop_equals_an_undisturbed_one(task: FitTask) -> None:
-    whole = make_learner(task, device=CPU, precision="float32")
+    whole = make_learner(task, FLOAT, device=CPU)
     loop(whole, {"train": noise(0)}, task, first=0, rank=0, on_step=lambda *_: None)
-    half = make_learner(task, device=CPU, precision="float32")
+    half = make_learner(task, FLOAT, device=CPU)
     states: dict[int, Any] = {}
     loop(half, {"train": noise(0)}, replace(task, steps=6), first=0, rank=0, on_step=_keep(half, states))
-    again = make_learner(task, device=CPU, precision="float32")
+    again = make_learner(task, FLOAT, device=CPU)
     again.load_state_dict(states[2])
     torch.rand(7)  # what else the process drew does not matter
     loop(again, {"train": noise(3)}, task, first=3, rank=0, on_step=lambda *_: None)
     for name, weight in whole.network.state_dict().items():
         assert torch.equal(weight, again.network.state_dict()[name]), name
         assert not torch.equal(weight, states[2]["network"][name]) or weight.numel() == 0, name
+
+
+def test_accumulated_batches_equal_one_large_batch(task: FitTask) -> None:
+    network = task.network.model_copy(update={"norm": "none", "dropout": 0.0})
+    whole = replace(task, network=network, steps=3, learner=SupervisedConfig(batch=2))
+    parts = replace(whole, learner=SupervisedConfig(accumulate=2))
+
+    def pairs() -> Iterator[tuple[Samples, Times]]:
+        single = noise(0)
+        while True:
+            (one, took), (two, _) = next(single), next(single)
+            yield Samples(*(torch.cat([getattr(s, n) for s in (one, two)]) for n in ("image", "label", "weight"))), took
+
+    at_once, by_parts = (make_learner(each, FLOAT, device=CPU) for each in (whole, parts))
+    logged: dict[str, list[dict[str, float]]] = {"whole": [], "parts": []}
+    loop(at_once, {"train": pairs()}, whole, first=0, rank=0, on_step=lambda _, row, __: logged["whole"].append(row))
+    loop(by_parts, {"train": noise(0)}, parts, first=0, rank=0, on_step=lambda _, row, __: logged["parts"].append(row))
+    assert len(logged["whole"]) == len(logged["parts"]) == 3
+    for key in ("loss", "gradient_norm"):
+        assert logged["parts"][0][key] == pytest.approx(logged["whole"][0][key], rel=1e-4)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler: torch.compile is not tried")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_channels_last_and_compiling_change_no_result(task: FitTask) -> None:
+    plain = make_learner(task, FLOAT, device=CPU)
+    fast = make_learner(task, FLOAT.model_copy(update={"channels_last": True, "compile": True}), device=CPU)
+    for subject in (plain, fast):
+        loop(subject, {"train": noise(0)}, replace(task, steps=2), first=0, rank=0, on_step=lambda *_: None)
+    state = fast.network.state_dict()
+    for name, weight in plain.network.state_dict().items():
+        torch.testing.assert_close(state[name], weight, rtol=1e-3, atol=1e-3)
 
 
 def _keep(learner: Any, states: dict[int, Any]) -> Any:
@@ -87,13 +122,13 @@ def test_two_workers_step_as_one_with_twice_the_batch(
             on_progress=rows.append,
         )
         assert [row["step"] for row in rows] == [2, 4, 6]
-        assert 0 <= figures["wait_share"] < 1
+        assert 0 <= figures["wait_share"] < 1 and 0 <= figures["idle_share"] <= 1
         found, meta = checkpoint.load(out)
         assert meta.step == 6
         assert not (tmp_path / f"{workers}.training").exists()
         weights.append(found.state_dict())
     queue.shutdown(force=True)
-    start = make_learner(replace(task, network=network), device=CPU, precision="float32").network.state_dict()
+    start = make_learner(replace(task, network=network), FLOAT, device=CPU).network.state_dict()
     for name in weights[0]:
         torch.testing.assert_close(weights[0][name], weights[1][name], rtol=1e-3, atol=1e-4)
     assert any(not torch.allclose(start[name].cpu(), weights[0][name], atol=1e-3) for name in start)
