@@ -79,7 +79,10 @@ def sample(config: AugmentConfig, /, *, size: Size, spacing_mm: Spacing, generat
     if _happens(config.bias.probability, generator):
         shape = [integer(*config.bias.points, generator) + 2 for _ in range(3)]
         field = torch.rand(1, *shape, generator=generator)
-        bias = 1 - uniform(*config.bias.strength, generator) * field
+        # What counts is the field, which is smoother than its control points.
+        seen = splines.evaluate(field, (3 * shape[0], 3 * shape[1], 3 * shape[2]))
+        strength = uniform(*config.bias.strength, generator) / (seen.max() - seen.min()).clamp(min=1e-6)
+        bias = 1 - strength * (field - seen.min())
     fwhm = [0.0, 0.0, 0.0]
     if _happens(config.blur.probability, generator):
         fwhm = [uniform(*config.blur.fwhm_mm, generator) for _ in range(3)]
@@ -167,7 +170,7 @@ def spread_of(size: int, /, *, fwhm: float, factor: float) -> Spread | None:
     """
     if factor <= 1:
         return Spread(_gaussian(np.arange(size), fwhm, size), None) if fwhm > 0.25 else None
-    count = max(2, round(size / factor))
+    count = max(2, round((size - 1) / factor) + 1)
     centres = np.linspace(0, size - 1, count)
     # A thick slice averages what it covers.
     there = _gaussian(centres, math.hypot(fwhm, factor), size)
@@ -210,8 +213,9 @@ def rescale(image: Tensor, /) -> Tensor:
 
 
 def stride(voxels: int, /) -> int:
-    """Every how many voxels one is taken to tell the range of an image: odd, so that columns are not skipped."""
-    return max(1, voxels // _SAMPLES) | 1
+    """Every how many voxels one is taken to tell an image's range; prime to all axes, so that no slice is skipped."""
+    first = max(1, voxels // _SAMPLES)
+    return next(n for n in range(first, first + voxels + 1) if math.gcd(n, voxels) == 1)
 
 
 def bounds(sample: Tensor, /) -> tuple[Tensor, Tensor]:

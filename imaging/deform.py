@@ -105,7 +105,7 @@ def _sample_warp(config: DeformConfig, *, size: Size, spacing_mm: Spacing, gener
         total += spacing * F.interpolate(noise, total.shape[1:], mode="trilinear", align_corners=True)[0]
     largest = uniform(*config.warp_mm, generator)
     # What counts is the displacement, which is smoother than its control points.
-    fine = (2 * points[0], 2 * points[1], 2 * points[2])
+    fine = (3 * points[0], 3 * points[1], 3 * points[2])
     norm = splines.evaluate(total, fine).square().sum(0).max().sqrt()
     return total * (largest / norm) if norm > 0 else total
 

@@ -127,7 +127,7 @@ def look_up(
     bases : splines on the new grid
     mean, spread : (classes * 256,) float32, intensity by class and level; empty: the scan keeps its own
     seed : of the texture
-    cut_mm : beyond this distance all is black
+    cut_mm : beyond this distance all is black; 127 for none
     image : (x, y, z) float32, written unless it is empty; label : (x, y, z) int8, written
     """
     x_basis, y_basis, z_basis = bases

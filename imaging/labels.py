@@ -16,6 +16,7 @@ from onelabel.errors import DataError
 IGNORE = -1
 LEVELS = 256
 AIR = 0
+FAR_MM = 127.0  # distances are not told apart beyond it
 
 _SUBSAMPLE = 4096
 _AIR_BINS = 4
@@ -75,7 +76,7 @@ def bin_scan(
     tables[0, :, : air + 1] = 255
     outside = distance_transform_edt(~foreground, sampling=spacing_mm)
     inside_mm = distance_transform_edt(foreground, sampling=spacing_mm)
-    distance = np.clip(np.rint(outside - inside_mm), -127, 127).astype(np.int8)
+    distance = np.clip(np.rint(outside - inside_mm), -FAR_MM, FAR_MM).astype(np.int8)
     return BinnedScan(levels, target.astype(np.int8), distance, tables)
 
 

@@ -32,12 +32,12 @@ class Lines:
 def sample_motion(
     config: MotionConfig, /, *, size: Size, spacing_mm: Spacing, generator: torch.Generator
 ) -> Motion | None:
-    """Draw blocks of lines that were read with the head elsewhere; the central block, the coarse shape, stays."""
+    """Draw blocks of lines that were read with the head elsewhere; what is central, the coarse shape, stays."""
     if uniform(0, 1, generator) >= config.probability:
         return None
     axis = integer(0, 2, generator)
-    blocks = integer(*config.blocks, generator) // 2 * 2 + 1
-    others = [block for block in range(blocks) if block != blocks // 2]
+    blocks = integer(*config.blocks, generator)
+    others = [block for block in range(blocks) if block not in (blocks // 2, (blocks - 1) // 2)]
     count = min(integer(*config.moves, generator), len(others))
     chosen = [others[int(i)] for i in torch.randperm(len(others), generator=generator)[:count]]
     rigid = DeformConfig(

@@ -1,6 +1,5 @@
 """Labels to images of random shape and contrast (SingleStrip, arXiv 2508.10464, step 1)."""
 
-import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from onelabel.configs.augmentation import DeformConfig, SynthesisConfig
 from onelabel.imaging import augment, deform, kernels, random, splines
-from onelabel.imaging.labels import AIR, LEVELS, BinnedScan, label_table
+from onelabel.imaging.labels import AIR, FAR_MM, LEVELS, BinnedScan, label_table
 from onelabel.imaging.random import integer, uniform
 
 
@@ -117,7 +116,7 @@ def _compiled(scan: BinnedScan, params: Params, spacing_mm: deform.Spacing) -> t
     if params.paint is not None:
         mean, spread = (part[params.paint.table].numpy() for part in (params.paint.mean, params.paint.spread))
         seed = params.paint.seed
-    cut = math.inf if params.cut_mm is None else params.cut_mm
+    cut = FAR_MM if params.cut_mm is None else params.cut_mm
     kernels.look_up(scan.levels, scan.target, scan.distance_mm, *where, mean, spread, seed, cut, image, label)
     if look.bias is not None:
         kernels.multiply(image, *_splines(look.bias, size))

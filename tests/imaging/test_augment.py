@@ -189,7 +189,7 @@ def test_blur_spreads_an_impulse_alike_along_each_axis(image: Tensor) -> None:
 
 def test_low_resolution_loses_what_is_fine_and_keeps_what_is_coarse() -> None:
     matrix = matrix_of(64, fwhm=0, factor=4)
-    assert int(torch.linalg.matrix_rank(matrix)) == 16, "one value for each coarse voxel"
+    assert int(torch.linalg.matrix_rank(matrix)) == 17, "one value for each coarse voxel, from end to end"
     place = torch.arange(64)
     fine, coarse = torch.cos(math.pi * place), torch.cos(2 * math.pi * place / 64)
     assert (matrix @ fine)[8:-8].abs().max() < 0.05
@@ -205,7 +205,8 @@ def test_low_resolution_is_in_mm_and_on_one_axis_or_all() -> None:
         assert spread[2] is None
         ranks = [None if one is None else int(torch.linalg.matrix_rank(one.matrix())) for one in spread[:2]]
         axes.append((ranks[0] is not None, ranks[1] is not None))
-        assert ranks[0] in (None, 2) and ranks[1] in (None, round(24 * 2 / 10))
+        assert ranks[0] in (None, round((SIZE[0] - 1) / 10) + 1)
+        assert ranks[1] in (None, round((SIZE[1] - 1) * 2 / 10) + 1)
     assert {(True, True), (True, False), (False, True), (False, False)} == set(axes)
     assert 15 <= axes.count((True, True)) <= 45
 
@@ -229,9 +230,8 @@ def test_bias_is_smooth_and_darkens_at_most_as_said() -> None:
     for seed in range(8):
         drawn = sampled(seed, bias={"probability": 1, "strength": (0.4, 0.4)})
         assert drawn.bias is not None
-        assert drawn.bias.min() >= 0.6 and drawn.bias.max() <= 1
         field = augment.splines.evaluate(drawn.bias, SIZE)[0]
-        assert field.min() >= 0.6 - 1e-4 and field.max() <= 1 + 1e-5
+        assert field.min() == pytest.approx(0.6, abs=0.01) and field.max() == pytest.approx(1, abs=0.01)
         assert field.max() - field.min() > 0.03
         assert max(field.diff(dim=axis).abs().max().item() for axis in range(3)) < 0.1
 
