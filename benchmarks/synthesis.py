@@ -256,7 +256,7 @@ def status(key: str) -> int:
 
 def floor(size: int) -> str:
     """What memory alone would allow: three bytes of a voxel read, two written."""
-    source = np.ones(size**3 * 4, np.uint8)
+    source = np.ones(max(size**3 * 4, 1 << 27), np.uint8)
     target = np.empty_like(source)
     best = np.inf
     for _ in range(5):

@@ -295,3 +295,16 @@ def test_the_gpu_makes_the_same_images(scan: BinnedScan, real: bool) -> None:
     # A voxel between two others may fall to either side.
     assert same / voxels > 0.9995
     assert close / voxels > 0.998
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: nothing waits for one")
+def test_synthesis_does_not_wait_for_the_gpu(scan: BinnedScan) -> None:
+    device = torch.device("cuda")
+    drawn = [params(scan, SynthesisConfig(), seed, real=bool(seed % 2)) for seed in range(8)]
+    synthesis.in_torch(scan, drawn[0], spacing_mm=SPACING_MM, device=device)  # the scan is there now
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for one in drawn:
+            synthesis.in_torch(scan, one, spacing_mm=SPACING_MM, device=device)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
