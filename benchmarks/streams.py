@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from synthesis import EXTENT_MM, head
+from synthesis import EXTENT_MM, LABELS, head
 
 from onelabel.configs.load import load
 from onelabel.configs.schema import StreamConfig
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--actors", type=int, default=64, help="that sleep")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="warning")
+    ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="error")
     reference = ray.put(stream(options.size))
     rates, made = {}, 0.0
     for actors in (1, 2, 1, 2):
@@ -54,7 +54,10 @@ def main() -> None:
 
 def stream(size: int) -> streams.Stream:
     """Synthetic samples of a phantom."""
-    config = load(["supervised", "name=streams", "data.labelled=none", f"grid.size={size}"])
+    bins = [
+        f"synthesis.bins.{where}={count}" for where, count in zip(("foreground", "background"), LABELS, strict=True)
+    ]
+    config = load(["supervised", "name=streams", "data.labelled=none", f"grid.size={size}", *bins])
     config = config.model_copy(update={"grid": config.grid.model_copy(update={"spacing_mm": (EXTENT_MM / size,) * 3})})
     scans = {"labelled": ([head(size)], [1.0])}
     return streams.build((StreamConfig(type="synthetic"),), config, scans=scans, seed=0)
@@ -89,17 +92,19 @@ class Porter:
         return self.sample, 0.0
 
 
-def carry(size: int, *, count: int = 60) -> tuple[int, float]:
-    """Bytes of a sample, and the seconds from the call of an actor that has it ready to the trainer's tensors."""
+def carry(size: int, *, count: int = 200) -> tuple[int, float]:
+    """Bytes of a sample, and the seconds that each takes to the trainer's tensors when its actor has them ready."""
     porter = Porter.remote(size, 0.0)
-    times = []
-    for index in range(count):
-        begin = time.perf_counter()
-        sample, _ = ray.get(porter.draw.remote(None, index))
-        streams.collate([sample], CPU)
-        times.append(time.perf_counter() - begin)
+    image, label, _ = ray.get(porter.draw.remote(None, 0))[0]
+    reader = streams.read(ray.put(None), [porter], first=0, every=1, batch=1, ahead=6, device=CPU)
+    for _ in islice(reader, 20):
+        pass
+    begin = time.perf_counter()
+    for _ in islice(reader, count):
+        pass
+    seconds = (time.perf_counter() - begin) / count
     ray.kill(porter)
-    return sample[0].nbytes + sample[1].nbytes, float(np.median(times))
+    return image.nbytes + label.nbytes, seconds
 
 
 def crowd(actors: int, *, count: int = 1000, sleep_s: float = 1.0) -> float:

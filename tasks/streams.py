@@ -178,11 +178,8 @@ def read(
 def collate(samples: Sequence[Sample], device: torch.device, /) -> Samples:
     """Stack samples to a batch on a device."""
     images, labels, weights = zip(*samples, strict=True)
-    return Samples(
-        torch.from_numpy(np.stack(images)).to(device, non_blocking=True).float().div_(255).unsqueeze(1),
-        torch.from_numpy(np.stack(labels)).to(device, non_blocking=True),
-        torch.tensor(weights, dtype=torch.float32, device=device),
-    )
+    image, label = (torch.from_numpy(np.stack(arrays)).to(device, non_blocking=True) for arrays in (images, labels))
+    return Samples(image.unsqueeze(1) * (1 / 255), label, torch.tensor(weights, dtype=torch.float32, device=device))
 
 
 def prepare(cohort: Cohort, config: RunConfig, /) -> list[Any]:
