@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -125,6 +126,7 @@ class SynthActor:
 
     def __init__(self, device: str) -> None:
         torch.set_num_threads(1)
+        import_module("onelabel.imaging.synthesis")  # now, and not when the first sample is waited for
         self.device, self.fetch = device, lru_cache(maxsize=64)(fetch)
 
     def draw(self, stream: Stream, index: int) -> tuple[Sample, float]:
