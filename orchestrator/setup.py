@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from onelabel.configs.load import dump
-from onelabel.configs.schema import RunConfig, Source
+from onelabel.configs.schema import RunConfig, Source, StageConfig
 from onelabel.errors import ClusterError, ConfigError, DataError, OnelabelError
 from onelabel.imaging import volume
 from onelabel.models.learners import LEARNERS
@@ -42,16 +42,11 @@ def open_cohorts(config: RunConfig, /) -> Cohorts:
 
     Raises
     ------
-    ConfigError : k larger than the cohort, or streams that the stage's learner does not read.
+    ConfigError : k larger than the cohort, or a learner or streams that make no segmenter.
     DataError : a source that names nothing, or a labelled scan that cannot be used.
     """
     for stage in config.stages:
-        read = LEARNERS[stage.learner.type].streams
-        if set(stage.streams) != set(read):
-            raise ConfigError(
-                f"stage '{stage.name}' has streams named {', '.join(stage.streams) or 'nothing'}, but its learner"
-                f" '{stage.learner.type}' reads {', '.join(read)}; rename them"
-            )
+        _check_stage(stage)
     labelled = _open(config.data.labelled, labels=True)
     for row in labelled.rows():
         try:
@@ -67,6 +62,23 @@ def open_cohorts(config: RunConfig, /) -> Cohorts:
             )
     test = _open(config.data.test, labels=True) if config.data.test else None
     return Cohorts(labelled, unlabelled, test)
+
+
+def _check_stage(stage: StageConfig) -> None:
+    """What a learner reads and makes is known to the learners, not to the schema."""
+    learner = LEARNERS[stage.learner.type]
+    if not learner.segments:
+        raise ConfigError(
+            f"stage '{stage.name}' has the learner '{stage.learner.type}', which does not segment images;"
+            f" take {' or '.join(name for name, each in LEARNERS.items() if each.segments)}"
+        )
+    if set(stage.streams) != set(learner.streams):
+        raise ConfigError(
+            f"stage '{stage.name}' has streams named {', '.join(stage.streams) or 'nothing'}, but its learner"
+            f" '{stage.learner.type}' reads {', '.join(learner.streams)}; rename them"
+        )
+    if any(part.type == "mask" for parts in stage.streams.values() for part in parts):
+        raise ConfigError(f"stage '{stage.name}' reads a 'mask' stream, which has no images; take synthetic or real")
 
 
 def needs(config: RunConfig, cohorts: Cohorts, /) -> dict[str, float]:

@@ -4,8 +4,8 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ from onelabel.orchestrator.tracking import RoundTracker, Tracker
 from onelabel.tasks import score as scoring
 from onelabel.tasks import streams
 from onelabel.tasks.cohort import Cohort
-from onelabel.tasks.train import FitTask, Row, fit
+from onelabel.tasks.train import Job, fit
+from onelabel.tasks.worker import FitTask, Row
 
 log = logging.getLogger(__name__)
 
@@ -47,28 +48,23 @@ class Work:
     def train(
         self, now: Round, previous: Round | None, selection: pa.Table | None, track: RoundTracker
     ) -> dict[str, float]:
-        """Fit the stage's learner on its streams; leaves the round's checkpoint."""
+        """Fit the stage's learner on its streams, and its ranker if no round has yet; leaves their checkpoints."""
         self.seconds.clear()
-        if now.checkpoint.is_dir():
-            return now.training()
-        initial = None
-        if previous and now.stage.start == "previous":
-            initial = ray.put(checkpoint.load(previous.checkpoint)[0].state_dict())
-        scans = {"labelled": self._scans("labelled", self.cohorts.labelled)}
-        if selection is not None:
-            if not len(selection):
-                raise DataError(f"no usable mask was left for {now.name} to learn from; train the rounds before longer")
-            scans["selected"] = self._scans(f"selected for {now.name}", pseudo_labels(selection))
-        learner, network, seed = now.stage.learner, self.config.network, derive(self.config.seed, now.index)
-        task = FitTask(
-            *(learner, network, now.stage.steps, seed, self._meta(network.model_dump(mode="json"), learner.type, seed)),
-            initial=initial,
-            round=now.number,
-            rounds=now.stage.rounds,
-            every=self.config.tracking.every,
-        )
-        figures = self._fit(task, now.stage.streams, scans, now.checkpoint, now.name, track.losses)
-        return now.training(figures)
+        jobs: list[Job] = []
+        with ExitStack() as stack:
+            if not now.checkpoint.is_dir():
+                jobs.append(self._learning(now, previous, selection, track))
+            ranker = now.stage.ranker
+            if ranker and self.cohorts.unlabelled and not self._ranker(ranker).is_dir():
+                name = f"ranker {ranker.type}"
+                jobs.append(self._ranking(name, ranker, stack.enter_context(self.tracker.round(name))))
+            if jobs:
+                folder = now.folder / "training"
+                figures = fit(jobs, compute=self.config.compute, folder=folder, queue=self.queue)
+                self.seconds["training"] += sum(row["seconds"] for row in figures.values())
+                if now.name in figures:
+                    return now.training(figures[now.name])
+        return now.training()
 
     def score(self, now: Round, name: str, cohort: Cohort, ranker: AutoencoderRankerConfig | None = None) -> pa.Table:
         """Masks and scores of a cohort, unless an earlier attempt wrote them."""
@@ -100,47 +96,59 @@ class Work:
         track.metrics(flat)
         self.tracker.metrics(flat, step=now.index)
 
-    def _ranker(self, config: AutoencoderRankerConfig) -> Path:
-        """The checkpoint of the ranker's network, fitted on the labelled masks when first asked for."""
-        out = self.folder / "rankers" / f"{config.type}-{derive(config.model_dump_json()):014x}"
-        if not out.is_dir():
-            out.parent.mkdir(exist_ok=True)
-            seed = derive(self.config.seed, "ranker")
-            meta = self._meta(config.network.model_dump(mode="json"), config.learner.type, seed)
-            task = FitTask(config.learner, config.network, config.steps, seed, meta, every=self.config.tracking.every)
-            source = {"train": (StreamConfig(type="mask", deform=config.deform),)}
-            scans = {"labelled": self._scans("labelled", self.cohorts.labelled)}
-            name = f"ranker {config.type}"
-            with self.tracker.round(name) as track:
-                self._fit(task, source, scans, out, name, track.losses)
-        return out
+    def _learning(self, now: Round, previous: Round | None, selection: pa.Table | None, track: RoundTracker) -> Job:
+        """The stage's learner on its streams."""
+        initial = None
+        if previous and now.stage.start == "previous":
+            initial = ray.put(checkpoint.load(previous.checkpoint)[0].state_dict())
+        scans = {"labelled": self._scans("labelled", self.cohorts.labelled)}
+        if selection is not None:
+            if not len(selection):
+                raise DataError(f"no usable mask was left for {now.name} to learn from; train the rounds before longer")
+            scans["selected"] = self._scans(f"selected for {now.name}", pseudo_labels(selection))
+        learner, network, seed = now.stage.learner, self.config.network, derive(self.config.seed, now.index)
+        meta = self._meta(network.model_dump(mode="json"), learner.type, seed)
+        task = FitTask(now.name, learner, network, now.stage.steps, seed, meta, initial, now.number, now.stage.rounds)
+        return self._job(task, now.stage.streams, scans, now.checkpoint, track)
 
-    def _fit(
+    def _ranking(self, name: str, config: AutoencoderRankerConfig, track: RoundTracker) -> Job:
+        """The ranker's network on the labelled masks."""
+        seed = derive(self.config.seed, "ranker")
+        meta = self._meta(config.network.model_dump(mode="json"), config.learner.type, seed)
+        task = FitTask(name, config.learner, config.network, config.steps, seed, meta)
+        sources = {"train": (StreamConfig(type="mask", deform=config.deform),)}
+        scans = {"labelled": self._scans("labelled", self.cohorts.labelled)}
+        return self._job(task, sources, scans, self._ranker(config), track)
+
+    def _job(
         self,
         task: FitTask,
         sources: Mapping[str, tuple[StreamConfig, ...]],
         scans: Mapping[str, Scans],
         out: Path,
-        name: str,
-        log_losses: Callable[[Row], None],
-    ) -> dict[str, float]:
-        """Train while a progress bar and MLflow listen."""
+        track: RoundTracker,
+    ) -> Job:
+        """A task whose progress a bar and MLflow show."""
         built = {
             stream: streams.build(parts, self.config, scans=scans, seed=derive(task.seed, stream))
             for stream, parts in sources.items()
         }
-        with bar(name, task.steps) as progress:
 
-            def listen(row: Row) -> None:
-                log_losses(row)
-                progress.update(int(row["step"]), loss=row["loss"], waiting=row["wait_share"])
+        @contextmanager
+        def shown() -> Iterator[Callable[[Row], None]]:
+            with bar(task.name, task.steps) as progress:
 
-            folder = out.with_name(f"{out.name}.training")
-            figures = fit(
-                task, built, compute=self.config.compute, folder=folder, out=out, queue=self.queue, on_progress=listen
-            )
-        self.seconds["training"] += figures["seconds"]
-        return figures
+                def show(row: Row) -> None:
+                    track.losses(row)
+                    progress.update(int(row["step"]), loss=row["loss"], waiting=row["wait_share"])
+
+                yield show
+
+        return Job(replace(task, every=self.config.tracking.every), built, out, shown)
+
+    def _ranker(self, config: AutoencoderRankerConfig) -> Path:
+        """Where the checkpoint of the ranker's network is or will be."""
+        return self.folder / "rankers" / f"{config.type}-{derive(config.model_dump_json()):014x}"
 
     def _scans(self, name: str, cohort: Cohort) -> Scans:
         """References to the cohort's scans on the grid, prepared once, and their weights."""

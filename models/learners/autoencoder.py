@@ -13,6 +13,7 @@ from onelabel.models.networks.autoencoder import Autoencoder, one_hot, views
 class AutoencoderLearner(Learner):
     """Reconstruct augmented masks: input and target are the same."""
 
+    segments = False
     base: AutoencoderConfig
     network: Autoencoder
 

@@ -39,9 +39,10 @@ def keep(parameters: list[nn.Parameter]) -> None:
 
 
 class Learner(ABC):
-    """A method. `average` makes gradients the mean over all workers, in place."""
+    """A method. `average` makes gradients the mean over all workers, in place; `segments`: its network takes images."""
 
     streams: ClassVar[tuple[str, ...]] = ("train",)
+    segments: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -83,7 +83,7 @@ def test_run_is_logged(finished: Finished) -> None:
 
 def test_same_seed_gives_same_run_though_an_actor_dies(finished: Finished, command: Command, tmp_path: Path) -> None:
     process = subprocess.Popen(command(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_for(lambda: any(tmp_path.glob("singlestrip/round-00/checkpoint.training/checkpoint_*")), process)
+    wait_for(lambda: any(tmp_path.glob("singlestrip/round-00/training/checkpoint_*")), process)
     actors = [p for p in psutil.Process(process.pid).children(recursive=True) if "SynthActor" in " ".join(p.cmdline())]
     assert actors
     for actor in actors:
@@ -93,10 +93,11 @@ def test_same_seed_gives_same_run_though_an_actor_dies(finished: Finished, comma
 
 
 STAGES: dict[str, Callable[[Path], bool]] = {
-    "training": lambda run: any(run.glob("round-00/checkpoint.training/checkpoint_*")),
+    "training": lambda run: any(run.glob("round-00/training/checkpoint_*")),
+    "ranker": lambda run: any(run.glob("round-00/training/checkpoint_*/weights/round-00 base/weights.pt")),
     "scoring": lambda run: any(run.glob("round-00/masks/*.nii.gz")),
     "selection": lambda run: (run / "round-00/scores.parquet").is_file(),
-    "self-training": lambda run: any(run.glob("round-01/checkpoint.training/checkpoint_*")),
+    "self-training": lambda run: any(run.glob("round-01/training/checkpoint_*")),
 }
 
 
@@ -114,7 +115,7 @@ def test_killed_driver_resumes(finished: Finished, command: Command, tmp_path: P
     last = subprocess.run(command(tmp_path), capture_output=True, text=True, check=False, timeout=1200)
     assert last.returncode == 1, last.stderr[-3000:]
     assert_same_run(run, finished[0])
-    assert not list(run.glob("**/*.training"))
+    assert not list(run.glob("**/training"))
 
 
 def wait_for(reached: Callable[[], bool], process: "subprocess.Popen[bytes]") -> list[psutil.Process]:

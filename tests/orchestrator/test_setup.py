@@ -93,6 +93,11 @@ def test_streams_are_those_that_the_learner_reads(data: Path) -> None:
         assert all(name in message for name in ("'base'", "'supervised' reads train", *streams))
 
 
+def test_a_stage_makes_a_network_that_segments_images(data: Path) -> None:
+    assert "'autoencoder'" in refusal(config(data, stage={"learner": {"type": "autoencoder"}}))
+    assert "'mask'" in refusal(config(data, stage={"streams": {"train": [{"type": "mask"}]}}))
+
+
 @pytest.mark.parametrize("broken", ["labelled", "unlabelled", "test"])
 def test_a_source_that_is_not_there(data: Path, broken: str) -> None:
     run = config(data)

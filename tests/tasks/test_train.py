@@ -1,6 +1,8 @@
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,11 @@ from onelabel.configs.schema import ComputeConfig, RunConfig, SupervisedConfig
 from onelabel.models import checkpoint
 from onelabel.models.checkpoint import Meta
 from onelabel.models.learners import Samples
-from onelabel.tasks import streams, train
+from onelabel.tasks import streams
 from onelabel.tasks.cohort import Cohort
 from onelabel.tasks.streams import Times
-from onelabel.tasks.train import FitTask, fit, loop, make_learner
+from onelabel.tasks.train import Job, fit
+from onelabel.tasks.worker import FitTask, Row, loop, make_learner
 
 CPU = torch.device("cpu")
 FLOAT = ComputeConfig(precision="float32")
@@ -27,7 +30,7 @@ FLOAT = ComputeConfig(precision="float32")
 def task(config: RunConfig) -> FitTask:
     network = config.network
     meta = Meta(network.model_dump(mode="json"), "supervised", config.grid.model_dump(mode="json"), 0, 0, "")
-    return FitTask(SupervisedConfig(), network, 6, 1, meta, every=2)
+    return FitTask("segmenter", SupervisedConfig(), network, 6, 1, meta, every=2)
 
 
 def noise(first: int) -> Iterator[tuple[Samples, Times]]:
@@ -85,6 +88,12 @@ def test_channels_last_and_compiling_change_no_result(task: FitTask) -> None:
         torch.testing.assert_close(state[name], weight, rtol=1e-3, atol=1e-3)
 
 
+@contextmanager
+def shown(rows: list[Row]) -> Iterator[Callable[[Row], None]]:
+    """Keep the rows of a task."""
+    yield rows.append
+
+
 def _keep(learner: Any, states: dict[int, Any]) -> Any:
     def on_step(step: int, *_: object) -> None:
         copied = {name: value.clone() for name, value in learner.network.state_dict().items()}
@@ -110,22 +119,23 @@ def test_two_workers_step_as_one_with_twice_the_batch(
         learner = SupervisedConfig(batch=2 // workers, weight_decay=0.1)
         meta = replace(task.meta, network=network.model_dump(mode="json"))
         now = replace(task, learner=learner, network=network, meta=meta)
-        rows: list[train.Row] = []
-        out = tmp_path / f"{workers}"
-        figures = fit(
-            now,
-            source,
-            compute=compute,
-            folder=tmp_path / f"{workers}.training",
-            out=out,
-            queue=queue,
-            on_progress=rows.append,
-        )
-        assert [row["step"] for row in rows] == [2, 4, 6]
-        assert 0 <= figures["wait_share"] < 1 and 0 <= figures["idle_share"] <= 1
+        rows: dict[str, list[Row]] = {"segmenter": [], "shorter": []}
+        jobs = [
+            Job(each, source, tmp_path / f"{workers}-{each.name}", partial(shown, rows[each.name]))
+            for each in (now, replace(now, name="shorter", steps=2, seed=5))
+        ]
+        out = jobs[0].out
+        figures = fit(jobs, compute=compute, folder=tmp_path / "training", queue=queue)
+        assert {name: [row["step"] for row in each] for name, each in rows.items()} == {
+            "segmenter": [2, 4, 6],
+            "shorter": [2],
+        }
+        for row in figures.values():
+            assert 0 <= row["wait_share"] < 1 and 0 <= row["idle_share"] <= 1
+        assert checkpoint.load(jobs[1].out)[1].step == 2
         found, meta = checkpoint.load(out)
         assert meta.step == 6
-        assert not (tmp_path / f"{workers}.training").exists()
+        assert not (tmp_path / "training").exists()
         weights.append(found.state_dict())
     queue.shutdown(force=True)
     start = make_learner(replace(task, network=network), FLOAT, device=CPU).network.state_dict()
