@@ -40,27 +40,31 @@ class _View:
         return self.image.shape[0] * self.edges_mm[0], self.image.shape[1] * self.edges_mm[1]
 
 
-def contact_sheet(rows: Sequence[Row], out: Path, /, *, title: str, columns: int = 4) -> None:
-    """Draw a tile for each scan that has a mask: coronal, sagittal and axial slice through the mask's centre.
+def contact_sheet(
+    rows: Sequence[Row], out: Path, /, *, title: str, columns: int = 4, headings: Mapping[int, str] | None = None
+) -> None:
+    """Draw a tile for each scan: coronal, sagittal and axial slice through the centre of its mask, or of the scan.
 
     Parameters
     ----------
     rows : sequence of mappings
-        With `key`, `image` and `mask` (paths, on the same voxel grid), and where known `label` (a path), `score` and
-        `dice`; those without a mask are left out.
+        With `key` and `image`, and where known `mask` and `label` (paths, on the image's voxel grid), `score` and
+        `dice`; those with an `error` are left out.
     out : Path
         The PNG to write.
     title : str
     columns : int
         Tiles side by side.
+    headings : mapping from int to str
+        Words in the tile of a row, by its place.
 
     Raises
     ------
     DataError
         An image or a mask cannot be read.
     """
-    shown = [row for row in rows if _has_mask(row)]
-    _draw(shown, out, title=title, columns=columns, headings={})
+    shown = [row for row in rows if not row.get("error")]
+    _draw(shown, out, title=title, columns=columns, headings=headings or {})
 
 
 def best_and_worst(rows: Sequence[Row], out: Path, /, *, k: int = 4, title: str) -> None:
@@ -92,7 +96,7 @@ def _draw(rows: Sequence[Row], out: Path, *, title: str, columns: int, headings:
     y = 1 - 0.45 * TITLE_INCHES / height
     figure.text(0.012, y, title, color=TEXT, fontsize=15, weight="bold", va="center")
     if not rows:
-        figure.text(0.5, 0.45, "no mask to show", color=FAINT, fontsize=14, ha="center")
+        figure.text(0.5, 0.45, "nothing to show", color=FAINT, fontsize=14, ha="center")
     for place, row in enumerate(rows):
         line, column = divmod(place, columns)
         left, top = column / columns, lines - 1 - line
@@ -167,7 +171,7 @@ def _draw_view(axes: Axes, view: _View, corner: tuple[float, float]) -> None:
 def _views(row: Row) -> tuple[_View, _View, _View]:
     """Coronal, sagittal and axial slice through the centre of the mask, cut to its surroundings."""
     image = volume.reorient(volume.load(row["image"]))
-    paths = {TRUTH: row.get("label"), MASK: row["mask"]}  # the mask is drawn over the truth
+    paths = {TRUTH: row.get("label"), MASK: row.get("mask")}  # the mask is drawn over the truth
     outlines = {
         colour: volume.reorient(volume.load(path, labels=True)).data != 0 for colour, path in paths.items() if path
     }
@@ -175,7 +179,7 @@ def _views(row: Row) -> tuple[_View, _View, _View]:
         if mask.shape != image.shape:
             raise DataError(f"{paths[colour]} has shape {mask.shape}, its image {image.shape}: they must be equal.")
     spacing = np.array(image.spacing_mm)
-    box, centre = _around(outlines[MASK], spacing)
+    box, centre = _around(outlines.get(MASK, np.zeros(image.shape, bool)), spacing)
     data = volume.scale(image.data)[box]
     views = []
     for across in (1, 0, 2):

@@ -1,0 +1,41 @@
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from onelabel.configs.load import load
+from onelabel.orchestrator.preview import preview
+
+SIZE = (24, 28, 20)
+
+
+def write(path: Path, *, labels: bool = False) -> Path:
+    radius = np.linalg.norm((np.indices(SIZE).T / (np.array(SIZE) - 1) - 0.5), axis=-1).T
+    noise = np.random.default_rng(0).random(SIZE)
+    data = (
+        (radius < 0.25).astype(np.uint8) if labels else (np.where(radius < 0.4, 80, 0) + 9 * noise).astype(np.float32)
+    )
+    nib.save(nib.Nifti1Image(data, np.diag([8.0, 8.0, 8.0, 1.0])), path)
+    return path
+
+
+def test_samples_stand_below_real_scans(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "cohort").mkdir()
+    labelled = write(tmp_path / "head.nii.gz")
+    write(tmp_path / "head_mask.nii.gz", labels=True)
+    write(tmp_path / "cohort" / "a.nii.gz")
+    (tmp_path / "cohort" / "b.nii.gz").write_bytes(b"not an image")
+    config = load(["singlestrip", "smoke", f"data.labelled={labelled}", f"data.unlabelled={tmp_path / 'cohort'}"])
+    sheet = preview(config, tmp_path / "out", count=3)
+    names = {path.name.removesuffix(".nii.gz") for path in sheet.parent.glob("*.nii.gz")}
+    samples = {f"sample-{i:02d}_{kind}" for i in range(3) for kind in ("image", "label")}
+    assert names == {"real-00_image", "real-00_label", "real-01_image"} | samples
+    assert "'b' is not shown" in caplog.text
+    for name in ("real-00", "sample-02"):
+        image, label = (nib.load(sheet.parent / f"{name}_{kind}.nii.gz") for kind in ("image", "label"))
+        assert image.shape == label.shape == config.grid.size
+        assert set(np.unique(label.get_fdata())) == {0, 1}
+    first, second = (nib.load(sheet.parent / f"sample-0{i}_image.nii.gz").get_fdata() for i in range(2))
+    assert not np.array_equal(first, second)
+    assert sheet.stat().st_size > 10_000
