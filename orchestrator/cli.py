@@ -1,7 +1,7 @@
 """The command line. Imports stand inside the commands, so that help is instant."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -23,6 +23,15 @@ app = typer.Typer(
 
 _NAMED_FAILURES = 20
 _WIDE = 200
+_APART = ("system", "class", "group")
+_MEASURED = {
+    "dice": "Dice\nmean",
+    "low": "95 %\nfrom",
+    "high": "\nto",
+    "hd95_mm": "HD95\nmean, mm",
+    "asd_mm": "ASD\nmean, mm",
+    "volume_difference_percent": "volume\ndifference, %",
+}
 
 
 def main() -> None:
@@ -123,22 +132,28 @@ def evaluate(
     predictions: Annotated[str, typer.Argument(help="Masks: a folder, a glob, a manifest or one file.")],
     truth: Annotated[str, typer.Argument(help="True masks, given likewise.")],
     out: Annotated[Path, typer.Option(help="Table to write, .parquet or .csv.")],
+    against: Annotated[list[str] | None, typer.Option(help="Masks of another system; may be given again.")] = None,
+    by: Annotated[str | None, typer.Option(help="Column of the truth's manifest that groups scans.")] = None,
 ) -> None:
-    """Measure masks against the truth, scan by scan."""
+    """Measure masks against the truth, scan by scan, and systems against each other."""
     from onelabel.orchestrator import evaluate as evaluating
 
     evaluating.check_target(out)
-    rows = evaluating.evaluate(predictions, truth)
+    groups = evaluating.groups_of(truth, by) if by else None
+    systems = list(dict.fromkeys([predictions, *(against or [])]))
+    rows = [row for one in systems for row in evaluating.evaluate(one, truth, groups=groups, system=one)]
     evaluating.write(rows, out)
     errors = [row for row in rows if row["error"]]
     for row in errors[:_NAMED_FAILURES]:
         typer.echo(f"{row['key']}: {row['error']}", err=True)
-    figures = evaluating.summarise(rows)
-    if figures:
-        columns = ("mean", "median", "worst")
-        _show("Agreement", ("", *columns), [(name, *(part[c] for c in columns)) for name, part in figures.items()])
+    _show_agreement(evaluating.summarise(rows))
+    compared = evaluating.compare_systems(rows)
+    if compared:
+        rounded = [row | {name: f"{row[name]:.2g}" for name in ("p", "p_holm")} for row in compared]
+        _show("Paired differences", tuple(compared[0]), [tuple(row.values()) for row in rounded])
     misses = sum(bool(row["miss"]) for row in rows)
-    typer.echo(f"{len(rows)} scans, {misses} misses, {len(errors)} errors: {out}")
+    scans = len({row["key"] for row in rows})
+    typer.echo(f"{scans} scans, {misses} misses, {len(errors)} errors: {out}")
     raise typer.Exit(bool(errors))
 
 
@@ -173,6 +188,15 @@ def _show_rounds(rounds: "Sequence[RoundStatus]") -> None:
         for now in rounds
     ]
     _show("Rounds", ("round", "stage", "steps", "state", *figures), rows)
+
+
+def _show_agreement(summary: Sequence[Mapping[str, Any]]) -> None:
+    """A row for each system, class and group; what does not tell them apart is left out."""
+    if not summary:
+        return
+    names = [name for name in summary[0] if name not in _APART or len({row[name] for row in summary}) > 1]
+    titles = tuple(_MEASURED.get(name, name) for name in names)
+    _show("Agreement", titles, [tuple(row[name] for name in names) for row in summary])
 
 
 def _show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

@@ -1,9 +1,11 @@
-"""Masks against the truth, scan by scan."""
+"""Masks against the truth, scan by scan and class by class; systems against each other."""
 
 import glob
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ import pyarrow as pa
 from onelabel.errors import SCAN_FAULTS, DataError, sentence
 from onelabel.imaging import metrics, volume
 from onelabel.imaging.volume import Volume
-from onelabel.tasks.cohort import IMAGE_ENDINGS, LABEL_ENDINGS, LABEL_FOLDERS, open_cohort
+from onelabel.orchestrator.statistics import compare, holm, interval
+from onelabel.tasks.cohort import IMAGE_ENDINGS, LABEL_ENDINGS, LABEL_FOLDERS, manifest_rows, open_cohort
 from onelabel.tasks.strip import stem, write_table
 
 log = logging.getLogger(__name__)
@@ -25,8 +28,13 @@ SCHEMA = pa.schema(
         *((name, pa.float64()) for name in MEASURES),
         ("miss", pa.bool_()),
         ("error", pa.string()),
+        ("volume_difference_percent", pa.float64()),
+        *((name, pa.string()) for name in ("class", "group", "system")),
     ]
 )
+FOREGROUND = "foreground"
+COMPARED = ("dice", "hd95_mm")
+_AVERAGED = ("dice", "hd95_mm", "asd_mm", "volume_difference_percent")
 _ENDINGS = (*LABEL_ENDINGS, "_brain")
 _NAMED = 20  # in a warning
 _MANIFESTS = (".csv", ".tsv", ".parquet")
@@ -34,17 +42,21 @@ _MANIFESTS = (".csv", ".tsv", ".parquet")
 Row = dict[str, Any]
 
 
-def evaluate(predictions: str, truth: str, /) -> list[Row]:
+def evaluate(
+    predictions: str, truth: str, /, *, groups: Mapping[str, str] | None = None, system: str | None = None
+) -> list[Row]:
     """Compare masks that have the same key: the file's name without ending, `_mask`, `_label`, `_seg` or `_brain`.
 
     Parameters
     ----------
     predictions, truth : a folder, a glob, a manifest or one file each
+    groups : group of a key; system : name of what made the predictions. Both only stand in the rows.
 
     Returns
     -------
-    One row a truth as in `SCHEMA`, by key. A truth without a prediction is measured against an empty mask and is a
-    miss; masks on different grids are a row with an error.
+    One row a truth as in `SCHEMA`, by key; where one of the two masks holds several labels, one for each label. A truth
+    without a prediction is measured against an empty mask and is a miss; masks on different grids are a row with an
+    error.
 
     Raises
     ------
@@ -60,22 +72,79 @@ def evaluate(predictions: str, truth: str, /) -> list[Row]:
     alone = sorted(ours.keys() - theirs.keys())
     if alone:
         log.warning("%d predictions have no truth and are left out: %s", len(alone), ", ".join(alone[:_NAMED]))
-    return [_compare(key, ours.get(key), theirs[key]) for key in sorted(theirs)]
+    named = {"system": system}
+    return [
+        row | named | {"group": (groups or {}).get(key)}
+        for key in sorted(theirs)
+        for row in _compare(key, ours.get(key), theirs[key])
+    ]
 
 
-def summarise(rows: Sequence[Row], /) -> dict[str, dict[str, float]]:
-    """Mean, median and worst of dice, hd95_mm and asd_mm over all rows without an error, misses included."""
-    sound = [row for row in rows if row["error"] is None]
-    figures = {}
-    for name, worst in (("dice", np.min), ("hd95_mm", np.max), ("asd_mm", np.max)):
-        values = np.array([row[name] for row in sound])
-        if values.size:
-            figures[name] = {
-                "mean": float(values.mean()),
-                "median": float(np.median(values)),
-                "worst": float(worst(values)),
-            }
-    return figures
+def groups_of(truth: str, column: str, /) -> dict[str, str]:
+    """The group of each key, from a column of the truth's manifest.
+
+    Raises
+    ------
+    DataError : the truth is no manifest, or has no such column.
+    """
+    path = Path(truth)
+    if path.suffix not in _MANIFESTS:
+        raise DataError(f"{truth} is no manifest (CSV, TSV or Parquet): groups are read from a column of one")
+    listed = manifest_rows(path)
+    names = sorted({name for row in listed for name in row})
+    if column not in names:
+        raise DataError(f"{truth} has no column '{column}': it has {', '.join(names)}")
+    rows = open_cohort(path).rows()
+    return {_short(row["key"]): str(other[column]) for row, other in zip(rows, listed, strict=True)}
+
+
+def summarise(rows: Sequence[Row], /) -> list[dict[str, Any]]:
+    """What the rows of each system, class and group come to, misses included, rows with an error left out.
+
+    Returns
+    -------
+    One row each with scans, misses, the mean of Dice with its 95 % bootstrap interval (low, high), its median and
+    worst, and the means of HD95, ASD and volume difference
+    """
+    parts: dict[tuple[str | None, ...], list[Row]] = {}
+    for row in rows:
+        if row["error"] is None:
+            parts.setdefault((row["system"], row["class"], row["group"]), []).append(row)
+    found = []
+    for (system, label, group), part in parts.items():
+        values = {name: np.array([row[name] for row in part], float) for name in SCHEMA.names if name in _AVERAGED}
+        dice = values["dice"]
+        low, high = interval(dice.tolist())
+        found.append(
+            {"system": system, "class": label, "group": group, "scans": len(part)}
+            | {"misses": sum(bool(row["miss"]) for row in part), "dice": float(dice.mean()), "low": low, "high": high}
+            | {"median": float(np.median(dice)), "worst": float(dice.min())}
+            | {name: _mean(values[name]) for name in _AVERAGED if name != "dice"}
+        )
+    return found
+
+
+def compare_systems(rows: Sequence[Row], /) -> list[dict[str, Any]]:
+    """Each pair of systems on the scans that both were measured on, for each class: Wilcoxon's signed-rank test.
+
+    Returns
+    -------
+    One row a pair, class and measure: first, second, class, measure, scans, difference (median, first less second),
+    p, effect (rank-biserial), and p_holm, corrected for all rows of the table
+    """
+    values: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in rows:
+        if row["error"] is None:
+            values.setdefault((row["system"], row["class"]), {})[row["key"]] = row
+    found = []
+    for ((first, label), ours), ((second, other), theirs) in combinations(values.items(), 2):
+        keys = sorted(ours.keys() & theirs.keys())
+        if label != other or first == second or not keys:
+            continue
+        for measure in COMPARED:
+            result = compare([ours[key][measure] for key in keys], [theirs[key][measure] for key in keys])
+            found.append({"first": first, "second": second, "class": label, "measure": measure} | asdict(result))
+    return [row | {"p_holm": p} for row, p in zip(found, holm([row["p"] for row in found]), strict=True)]
 
 
 def check_target(path: Path, /) -> None:
@@ -110,7 +179,7 @@ def masks(source: str, /) -> dict[str, Path]:
     return dict(found)
 
 
-def _compare(key: str, prediction: Path | None, truth: Path) -> Row:
+def _compare(key: str, prediction: Path | None, truth: Path) -> list[Row]:
     row: Row = dict.fromkeys(SCHEMA.names) | {"key": key, "truth": str(truth)}
     row["prediction"] = None if prediction is None else str(prediction)
     try:
@@ -120,11 +189,34 @@ def _compare(key: str, prediction: Path | None, truth: Path) -> Row:
         else:
             found = volume.load(prediction, labels=True)
             _same_grid(found, true)
-        row |= metrics.evaluate(found.data, true.data, true.spacing_mm)
-        row["miss"] = row["miss"] or prediction is None
+        return [
+            row | {"class": name} | _measure(ours, theirs, true.spacing_mm, missing=prediction is None)
+            for name, ours, theirs in _by_class(found.data, true.data)
+        ]
     except SCAN_FAULTS as error:
-        row["error"] = sentence(error)
-    return row
+        return [row | {"error": sentence(error)}]
+
+
+def _by_class(found: np.ndarray, true: np.ndarray) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Masks of each label of either; where neither holds several, of all that is not zero, whatever its number."""
+    ours, theirs = (set(np.unique(data).tolist()) - {0} for data in (found, true))
+    if max(len(ours), len(theirs)) <= 1:
+        yield FOREGROUND, found != 0, true != 0
+        return
+    for label in sorted(ours | theirs):
+        yield str(label), found == label, true == label
+
+
+def _measure(found: np.ndarray, true: np.ndarray, spacing_mm: Sequence[float], *, missing: bool) -> Row:
+    measured: Row = metrics.evaluate(found, true, spacing_mm)
+    volume_mm3 = measured["truth_volume_mm3"]
+    difference = 100 * (measured["volume_mm3"] - volume_mm3) / volume_mm3 if volume_mm3 else None
+    return measured | {"volume_difference_percent": difference, "miss": measured["miss"] or missing}
+
+
+def _mean(values: np.ndarray) -> float | None:
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if len(known) else None
 
 
 def _same_grid(one: Volume, other: Volume) -> None:

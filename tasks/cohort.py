@@ -178,7 +178,7 @@ def _find_rows(path: Path, source: str | Path) -> list[Row]:
         rows = _as_rows(_pair_by_ending(_images(matches)))
         problem = "matches no image" if glob.has_magic(str(path)) else "does not exist"
     elif path.suffix in {".csv", ".tsv", ".parquet"}:
-        rows = _manifest_rows(path)
+        rows = manifest_rows(path)
         problem = "lists no scan"
     elif path.is_file():
         rows = _as_rows({path: _pair_by_ending([path]).get(path, [])} if _stem(path) else {})
@@ -197,8 +197,8 @@ def _find_rows(path: Path, source: str | Path) -> list[Row]:
     return rows
 
 
-def _manifest_rows(path: Path) -> list[Row]:
-    """Rows of a table on disk; in text files all values are strings, and empty or n/a is null."""
+def manifest_rows(path: Path, /) -> list[Row]:
+    """Rows of a CSV, TSV or Parquet file; in text files all values are strings, and empty or n/a is null."""
     if path.suffix == ".parquet":
         return list(_read_parquet(path).to_pylist())
     delimiter = "\t" if path.suffix == ".tsv" else ","

@@ -167,7 +167,10 @@ def test_evaluate_says_whether_rows_have_errors(
     assert command("evaluate", ours, theirs, "--out", tmp_path / "t.csv") == 0
     said = capsys.readouterr().out
     assert "1 scans, 0 misses, 0 errors" in said
-    assert "hd95_mm" in said
+    assert "HD95" in said and "Paired" not in said
+    again = write_image(tmp_path / "again" / "a.nii.gz", labels=True).parent
+    assert command("evaluate", ours, theirs, "--against", again, "--out", tmp_path / "t.csv") == 0
+    assert "Paired differences" in capsys.readouterr().out
     write_image(ours / "b.nii.gz")
     write_image(theirs / "b.nii.gz", labels=True)
     assert command("evaluate", ours, theirs, "--out", tmp_path / "t.parquet") == 1
