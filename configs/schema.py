@@ -167,6 +167,39 @@ class AutoencoderRankerConfig(Base):
     )
 
 
+class ViewsConfig(Base):
+    """Changed copies of an image whose masks should agree: other contrast, mirrored, turned in the axial plane."""
+
+    contrast: float = Field(0.1, ge=0, lt=0.5, description="how far both ends of the range move, as shares of it")
+    flip_axes: tuple[Annotated[int, Field(ge=0, le=2)], ...] = Field(
+        (0,), description="axes that are mirrored in half of the views; 0: left-right"
+    )
+    rotate_deg: float = Field(20, ge=0, le=180, description="largest rotation, in degrees")
+    passes: int = Field(8, ge=1, description="views, the image itself not counted")
+
+
+class ConsistencyRankerConfig(ViewsConfig):
+    """Dice between the masks of several views of a scan and their majority (arXiv 2308.10727)."""
+
+    type: Literal["consistency"] = "consistency"
+
+
+class ConfidenceRankerConfig(Base):
+    """One less the mean entropy of the predicted probabilities, in and around the structure."""
+
+    type: Literal["confidence"] = "confidence"
+    of: Literal["prediction", "views", "dropout"] = Field(
+        "prediction", description="the prediction alone, or the mean over views, or over passes with dropout"
+    )
+    dilate: int = Field(2, ge=0, description="voxels by which the structure is widened")
+    views: ViewsConfig = Field(ViewsConfig(), description="views, and the number of passes with dropout too")
+
+
+RankerConfig = Annotated[
+    AutoencoderRankerConfig | ConsistencyRankerConfig | ConfidenceRankerConfig, Field(discriminator="type")
+]
+
+
 class TopKConfig(Base):
     """The k best scores; ties go to the smaller key."""
 
@@ -183,7 +216,7 @@ class StageConfig(Base):
     start: Literal["scratch", "previous"] = Field("previous", description="initial weights")
     learner: LearnerConfig = Field(SupervisedConfig(), description="the method")
     streams: dict[str, Ingredients] = Field(description="what the learner reads, by its stream names")
-    ranker: AutoencoderRankerConfig | None = Field(None, description="scores the cohort's masks; null: no scoring")
+    ranker: RankerConfig | None = Field(None, description="scores the cohort's masks; null: no scoring")
     select: TopKConfig = Field(TopKConfig(), description="which scored masks the next round learns from")
 
 
@@ -246,7 +279,7 @@ class RunConfig(Base):
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise ValueError(f"stages must have different names, not {names}")
-        selected = False
+        selected, dropout = False, self.network.dropout
         for i, stage in enumerate(self.stages):
             if i == 0 and stage.start == "previous":
                 raise ValueError(f"stage '{stage.name}' is the first and must start from scratch")
@@ -255,5 +288,7 @@ class RunConfig(Base):
                 raise ValueError(f"stage '{stage.name}' reads 'selected' scans, but no stage before it has a ranker")
             if stage.ranker and self.data.unlabelled is None:
                 raise ValueError(f"stage '{stage.name}' ranks, so data.unlabelled must name a cohort")
+            if isinstance(stage.ranker, ConfidenceRankerConfig) and stage.ranker.of == "dropout" and not dropout:
+                raise ValueError(f"stage '{stage.name}' ranks by passes with dropout: set network.dropout above 0")
             selected = selected or stage.ranker is not None
         return self

@@ -7,7 +7,7 @@ import cc3d
 import fill_voids
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from onelabel.imaging import volume
 from onelabel.imaging.prepare import image_on_grid
@@ -49,11 +49,21 @@ class Predictor:
         return Prediction(Volume(mask, scan.affine), image, probability)
 
     @torch.inference_mode()
-    def probability(self, image: Tensor, /) -> Tensor:
-        """Class probabilities (B, classes, *size) float32 of images (B, 1, *size) on the network's grid."""
+    def probability(self, image: Tensor, /, *, dropout: bool = False) -> Tensor:
+        """Class probabilities (B, classes, *size) float32 of images (B, 1, *size) on the network's grid.
+
+        dropout : features are dropped as in training
+        """
+        _set_dropout(self.network, dropout)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             logits: Tensor = self.network(image)
         return logits.float().softmax(1)
+
+
+def _set_dropout(network: nn.Module, on: bool) -> None:
+    for module in network.modules():
+        if isinstance(module, nn.Dropout2d | nn.Dropout3d):
+            module.train(on)
 
 
 def clean(mask: np.ndarray, /) -> np.ndarray:

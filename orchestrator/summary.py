@@ -10,7 +10,8 @@ from scipy.stats import spearmanr
 def summarise(tables: dict[str, pa.Table], /) -> dict[str, Any]:
     """Figures of a round: `failures`, and for each of `scores`, `selection` and `test` what can be said.
 
-    Dice is over all scans with a truth, a miss counting as 0. `rank_correlation` is Spearman's, of score and Dice.
+    Dice is over all scans with a truth, a miss counting as 0. `rank_correlation` is Spearman's, of score and Dice;
+    `predict_cpu_s_mean` and `rank_cpu_s_mean` are CPU seconds a scan.
     """
     figures: dict[str, Any] = {"failures": 0}
     for name, table in tables.items():
@@ -32,6 +33,9 @@ def _describe(table: pa.Table) -> dict[str, float]:
         part |= {"dice_min": float(np.nanmin(dice)), "hd95_mm_mean": float(np.nanmean(_numbers(table, "hd95_mm")))}
         part["asd_mm_mean"] = float(np.nanmean(_numbers(table, "asd_mm")))
         part["misses"] = float(np.nansum(_numbers(table, "miss")))
+    for name in ("predict_cpu_s", "rank_cpu_s"):
+        if name in table.column_names and np.isfinite(seconds := _numbers(table, name)).any():
+            part[f"{name}_mean"] = float(np.nanmean(seconds))
     both = np.isfinite(score) & np.isfinite(dice)
     if both.sum() > 2 and np.ptp(score[both]) > 0 and np.ptp(dice[both]) > 0:
         part["rank_correlation"] = float(spearmanr(score[both], dice[both]).statistic)

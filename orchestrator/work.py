@@ -13,7 +13,7 @@ import pyarrow as pa
 import ray
 from ray.util.queue import Queue
 
-from onelabel.configs.schema import AutoencoderRankerConfig, RunConfig, StreamConfig
+from onelabel.configs.schema import AutoencoderRankerConfig, RankerConfig, RunConfig, StreamConfig
 from onelabel.errors import DataError
 from onelabel.imaging.random import derive
 from onelabel.models import checkpoint
@@ -55,7 +55,11 @@ class Work:
             if not now.checkpoint.is_dir():
                 jobs.append(self._learning(now, previous, selection, track))
             ranker = now.stage.ranker
-            if ranker and self.cohorts.unlabelled and not self._ranker(ranker).is_dir():
+            if (
+                isinstance(ranker, AutoencoderRankerConfig)
+                and self.cohorts.unlabelled
+                and not self._ranker(ranker).is_dir()
+            ):
                 name = f"ranker {ranker.type}"
                 jobs.append(self._ranking(name, ranker, stack.enter_context(self.tracker.round(name))))
             if jobs:
@@ -66,15 +70,14 @@ class Work:
                     return now.training(figures[now.name])
         return now.training()
 
-    def score(self, now: Round, name: str, cohort: Cohort, ranker: AutoencoderRankerConfig | None = None) -> pa.Table:
+    def score(self, now: Round, name: str, cohort: Cohort, ranker: RankerConfig | None = None) -> pa.Table:
         """Masks and scores of a cohort, unless an earlier attempt wrote them."""
         found = now.table(name)
         if found is None:
-            fitted = self._ranker(ranker) if ranker else None
+            fitted = self._ranker(ranker) if isinstance(ranker, AutoencoderRankerConfig) else None
             log.info("%s: %s of %d scans", now.name, name, len(cohort))
-            task = scoring.ScoreTask(
-                now.checkpoint, fitted, now.folder / ("masks" if name == "scores" else f"{name}-masks")
-            )
+            out = now.folder / ("masks" if name == "scores" else f"{name}-masks")
+            task = scoring.ScoreTask(now.checkpoint, out, ranker, fitted)
             with self._timed("scoring"):
                 found = scoring.score(cohort, task, compute=self.config.compute)
             now.write_table(name, found)

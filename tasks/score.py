@@ -1,6 +1,7 @@
 """Predict and rank a cohort by Ray Data. A scan that fails is a row with an error."""
 
 import logging
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,11 @@ import ray
 import ray.data
 import torch
 
-from onelabel.configs.schema import ComputeConfig
+from onelabel.configs.schema import ComputeConfig, RankerConfig
 from onelabel.errors import SCAN_FAULTS, sentence
 from onelabel.imaging import metrics, volume
-from onelabel.models import checkpoint
+from onelabel.models import checkpoint, rankers
 from onelabel.models.predictor import Predictor
-from onelabel.models.rankers import AutoencoderRanker
 from onelabel.tasks.cohort import Cohort
 
 log = logging.getLogger(__name__)
@@ -32,6 +32,8 @@ SCHEMA = pa.schema(
         ("hd95_mm", pa.float64()),
         ("asd_mm", pa.float64()),
         ("miss", pa.bool_()),
+        ("predict_cpu_s", pa.float64()),
+        ("rank_cpu_s", pa.float64()),
         ("error", pa.string()),
     ]
 )
@@ -39,11 +41,12 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class ScoreTask:
-    """checkpoint : of the segmenter; ranker : checkpoint of the autoencoder, or None; out : folder of the masks."""
+    """checkpoint : of the segmenter; out : folder of the masks; fitted : checkpoint of the ranker's network, if any."""
 
     checkpoint: Path
-    ranker: Path | None
     out: Path
+    ranker: RankerConfig | None = None
+    fitted: Path | None = None
 
 
 def score(cohort: Cohort, task: ScoreTask, /, *, compute: ComputeConfig) -> pa.Table:
@@ -82,8 +85,8 @@ class Scorer:
         self.predictor = Predictor(task.checkpoint, device=device, precision=compute.precision)
         self.ranker = None
         if task.ranker is not None:
-            network, _ = checkpoint.load(task.ranker)
-            self.ranker = AutoencoderRanker(network.to(self.predictor.device))
+            network = checkpoint.load(task.fitted)[0].to(self.predictor.device) if task.fitted else None
+            self.ranker = rankers.build(task.ranker, network)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         """Score a batch of one row."""
@@ -97,14 +100,17 @@ class Scorer:
 
     def _score(self, key: str, image: str, label: str) -> dict[str, Any]:
         scan = volume.load(image)
+        begin = time.process_time()
         prediction = self.predictor(scan)
+        row: dict[str, Any] = {"predict_cpu_s": time.process_time() - begin}
         path = self.task.out / f"{key}.nii.gz"
         volume.save(prediction.mask, path, like=image, dtype=np.uint8)
         mask = prediction.mask.data > 0
-        row: dict[str, Any] = {"mask": str(path), "volume_mm3": metrics.volume_mm3(mask, scan.spacing_mm)}
+        row |= {"mask": str(path), "volume_mm3": metrics.volume_mm3(mask, scan.spacing_mm)}
         if self.ranker is not None:
+            begin = time.process_time()
             scores = self.ranker.score(prediction.image, prediction.probability, self.predictor.probability)
-            row["score"] = float(scores[0])
+            row |= {"score": float(scores[0]), "rank_cpu_s": time.process_time() - begin}
         if label:
             _, truth = volume.load_labelled(image, label)
             found = metrics.evaluate(mask, truth.data > 0, scan.spacing_mm)

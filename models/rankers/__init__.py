@@ -1,6 +1,20 @@
 """Rankers: which masks to trust, without a truth."""
 
+from torch import nn
+
+from onelabel.configs.schema import ConfidenceRankerConfig, ConsistencyRankerConfig, RankerConfig
 from onelabel.models.rankers.autoencoder import AutoencoderRanker
 from onelabel.models.rankers.base import Ranker
+from onelabel.models.rankers.confidence import ConfidenceRanker
+from onelabel.models.rankers.consistency import ConsistencyRanker
 
-__all__ = ["AutoencoderRanker", "Ranker"]
+__all__ = ["AutoencoderRanker", "ConfidenceRanker", "ConsistencyRanker", "Ranker", "build"]
+
+
+def build(config: RankerConfig, network: nn.Module | None = None, /) -> Ranker:
+    """The ranker of a config, on the network that was fitted for it if it needs one."""
+    if isinstance(config, ConsistencyRankerConfig):
+        return ConsistencyRanker(config)
+    if isinstance(config, ConfidenceRankerConfig):
+        return ConfidenceRanker(config)
+    return AutoencoderRanker(network)

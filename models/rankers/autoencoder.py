@@ -4,13 +4,13 @@ import torch
 from torch import Tensor, nn
 
 from onelabel.models.networks.autoencoder import Autoencoder, one_hot, views
-from onelabel.models.rankers.base import Predict, Ranker
+from onelabel.models.rankers.base import Predict, Ranker, agreement
 
 
 class AutoencoderRanker(Ranker):
     """A mask that the autoencoder of the one true mask cannot reconstruct is unlike a true mask."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module | None) -> None:
         if not isinstance(network, Autoencoder):
             raise TypeError(f"an autoencoder ranker needs an Autoencoder, not a {type(network).__name__}")
         self.network = network.eval()
@@ -25,6 +25,4 @@ class AutoencoderRanker(Ranker):
         again = torch.cat(
             [self.network(one_hot(part, self.network.config.classes)).argmax(1) for part in seen.split(32)]
         )
-        overlap = ((seen == again) & (seen > 0)).sum()
-        total = (seen > 0).sum() + (again > 0).sum()
-        return torch.where((seen > 0).any(), 2 * overlap / total.clamp(min=1), 0.0)
+        return agreement(seen, again)

@@ -1,11 +1,16 @@
 """What every ranker is."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from typing import Protocol
 
+import torch
 from torch import Tensor
 
-Predict = Callable[[Tensor], Tensor]
+
+class Predict(Protocol):
+    """Images (B, 1, *size) to probabilities (B, classes, *size); with dropout, if wanted, as in training."""
+
+    def __call__(self, image: Tensor, /, *, dropout: bool = False) -> Tensor: ...
 
 
 class Ranker(ABC):
@@ -25,3 +30,10 @@ class Ranker(ABC):
         -------
         (B,) float32; 0 for an empty mask
         """
+
+
+def agreement(one: Tensor, other: Tensor, /) -> Tensor:
+    """Dice of the foreground of two label maps of any equal shape; voxels of different classes do not overlap."""
+    overlap = ((one == other) & (one > 0)).sum()
+    total = (one > 0).sum() + (other > 0).sum()
+    return torch.where((one > 0).any(), 2 * overlap / total.clamp(min=1), 0.0)

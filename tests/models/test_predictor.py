@@ -152,3 +152,16 @@ def test_cleaning_keeps_classes() -> None:
 def test_cleaning_nothing_or_everything(value: int) -> None:
     mask = np.full((6, 7, 8), value, np.uint8)
     assert np.array_equal(clean(mask), mask)
+
+
+def test_dropout_is_on_only_when_asked_for(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = UNetConfig(channels=(4, 4), patch=1, dropout=0.5)
+    grid = {"spacing_mm": [4.0, 4.0, 4.0], "size": [8, 8, 8]}
+    checkpoint.save(tmp_path / "c", UNet(config), Meta(config.model_dump(mode="json"), "supervised", grid, 0, 0, ""))
+    predictor = Predictor(tmp_path / "c", precision="float32")
+    image = torch.rand(1, 1, 8, 8, 8)
+    plain = predictor.probability(image)
+    one, two = (predictor.probability(image, dropout=True) for _ in range(2))
+    assert not torch.equal(one, two)
+    assert torch.equal(plain, predictor.probability(image))

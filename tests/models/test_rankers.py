@@ -2,11 +2,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from onelabel.configs.schema import AutoencoderConfig, AutoencoderNetworkConfig, UNetConfig
+from onelabel.configs.schema import (
+    AutoencoderConfig,
+    AutoencoderNetworkConfig,
+    ConfidenceRankerConfig,
+    ConsistencyRankerConfig,
+    UNetConfig,
+    ViewsConfig,
+)
 from onelabel.models import networks
 from onelabel.models.learners import LEARNERS, Progress, Samples
 from onelabel.models.networks.autoencoder import Autoencoder
-from onelabel.models.rankers import AutoencoderRanker
+from onelabel.models.rankers import AutoencoderRanker, ConfidenceRanker, ConsistencyRanker, Ranker, build
+from onelabel.models.rankers.base import agreement
+from onelabel.models.rankers.views import View, back, look, sample_views
 
 SIZE = (24, 28, 20)
 STEPS = 60
@@ -19,10 +28,15 @@ def mask_of(*, radius: float = 9.0, shift: float = 0.0) -> Tensor:
     return ((place - centre[:, None, None, None]).norm(dim=0) < radius).to(torch.int8)
 
 
-def score(ranker: AutoencoderRanker, *masks: Tensor) -> list[float]:
+def same(image: Tensor, /, *, dropout: bool = False) -> Tensor:
+    """A network that sees nothing but the brightness: bright voxels are the structure."""
+    return torch.cat([1 - image, image], dim=1)
+
+
+def score(ranker: Ranker, *masks: Tensor) -> list[float]:
     label = torch.stack(masks)
     probability = torch.stack([label == 0, label == 1], dim=1).float()
-    scores = ranker.score(torch.zeros(len(masks), 1, *SIZE), probability, lambda image: image)
+    scores = ranker.score(torch.zeros(len(masks), 1, *SIZE), probability, same)
     assert scores.shape == (len(masks),)
     assert scores.dtype == torch.float32
     found: list[float] = scores.tolist()
@@ -105,3 +119,106 @@ def test_only_an_autoencoder_ranks() -> None:
     other: nn.Module = networks.build(UNetConfig(channels=(4,)))
     with pytest.raises(TypeError, match="needs an Autoencoder, not a UNet"):
         AutoencoderRanker(other)
+
+
+# Views
+
+
+def test_what_a_view_shows_comes_back() -> None:
+    mask = mask_of(radius=6)[None, None].float()
+    for view in sample_views(ViewsConfig(flip_axes=(0, 1, 2), rotate_deg=40, passes=12)):
+        again = back(same(look(mask, view)), view).argmax(1)
+        assert agreement(mask[0, 0].long(), again[0]) > 0.97
+
+
+def test_views_turn_by_voxels_whatever_the_shape() -> None:
+    # A bar along the first axis, turned by a quarter, lies along the second.
+    image = torch.zeros(1, 1, 24, 16, 4)
+    image[..., 6:18, 7:9, 1:3] = 1
+    turned = look(image, View(0, 1, (), torch.pi / 2))[0, 0] > 0.5
+    found = turned.nonzero()
+    assert (found.amax(0) - found.amin(0) + 1).tolist() == [2, 12, 2]
+
+
+def test_views_mirror_the_axes_that_they_name() -> None:
+    image = torch.rand(1, 1, *SIZE, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(look(image, View(0, 1, (2,), 0)), image.flip(4))
+    assert torch.equal(look(image, View(0, 1, (), 0)), image)
+    assert torch.allclose(look(image, View(0.1, 0.9, (), 0)), ((image - 0.1) / 0.8).clamp(0, 1))
+
+
+def test_what_a_view_did_not_show_is_background() -> None:
+    all_structure = torch.cat([torch.zeros(1, 1, *SIZE), torch.ones(1, 1, *SIZE)], dim=1)
+    seen = back(all_structure, View(0, 1, (), torch.pi / 4))
+    assert torch.allclose(seen.sum(1), torch.ones(1, *SIZE), atol=1e-4)
+    assert seen[0, 0, 0, 0].min() > 0.99 and seen[0, 1, 11, 13].min() > 0.99
+
+
+def test_views_repeat_and_differ() -> None:
+    config = ViewsConfig()
+    assert sample_views(config) == sample_views(config)
+    assert len(set(sample_views(config))) == len(sample_views(config)) == config.passes
+
+
+# Consistency and confidence
+
+
+def looked_at(ranker: Ranker, image: Tensor) -> float:
+    """Score of what `same` says of an image (*size)."""
+    batch = image[None, None]
+    return float(ranker.score(batch, same(batch), same)[0])
+
+
+def test_consistency_is_high_where_views_agree() -> None:
+    ranker = build(ConsistencyRankerConfig())
+    assert isinstance(ranker, ConsistencyRanker)
+    ball = mask_of().float()
+    clear, noise = ball, torch.rand(SIZE, generator=torch.Generator().manual_seed(1))
+    scores = [looked_at(ranker, image) for image in (clear, noise)]
+    assert scores[0] > 0.97 > 0.93 > scores[1]
+    assert looked_at(ranker, torch.zeros(SIZE)) == 0
+
+
+def test_consistency_falls_where_an_edge_hangs_on_the_contrast() -> None:
+    place = torch.stack(torch.meshgrid(*[torch.arange(float(n)) for n in SIZE], indexing="ij"))
+    distance = (place - torch.tensor([11.5, 13.5, 9.5])[:, None, None, None]).norm(dim=0)
+    sharp, soft = (distance < 7).float(), (1 - distance / 14).clamp(0, 1)
+    ranker = ConsistencyRanker(ConsistencyRankerConfig(rotate_deg=0, contrast=0.2))
+    assert looked_at(ranker, sharp) == 1 > 0.98 > looked_at(ranker, soft)
+    blind = ConsistencyRanker(ConsistencyRankerConfig(rotate_deg=0, contrast=0))
+    assert looked_at(blind, soft) == 1
+
+
+@pytest.mark.parametrize("of", ["prediction", "views"])
+def test_confidence_falls_as_probabilities_near_one_half(of: str) -> None:
+    ranker = build(ConfidenceRankerConfig.model_validate({"of": of}))
+    assert isinstance(ranker, ConfidenceRanker)
+    ball = mask_of().float()
+    sure, less, least = (looked_at(ranker, 0.5 + (ball - 0.5) * scale) for scale in (1, 0.8, 0.2))
+    assert 1 >= sure > 0.7 > least >= 0
+    assert sure > less > least
+    assert looked_at(ranker, torch.zeros(SIZE)) == 0
+
+
+def test_confidence_by_hand() -> None:
+    # Probability 3/4 inside, 0 elsewhere, and no voxel around: the entropy of a coin of 3/4, in bits.
+    ranker = ConfidenceRanker(ConfidenceRankerConfig(dilate=0))
+    entropy = -(0.75 * torch.tensor(0.75).log2() + 0.25 * torch.tensor(0.25).log2())
+    assert looked_at(ranker, mask_of() * 0.75) == pytest.approx(1 - entropy.item(), abs=1e-5)
+    assert looked_at(ConfidenceRanker(ConfidenceRankerConfig(dilate=2)), mask_of() * 0.75) > 1 - entropy
+
+
+def test_confidence_by_dropout_draws_the_same_passes_each_time() -> None:
+    asked: list[bool] = []
+
+    def shaky(image: Tensor, /, *, dropout: bool = False) -> Tensor:
+        asked.append(dropout)
+        moved = (image + 0.4 * (torch.rand(()) - 0.5)).clamp(0, 1)
+        return torch.cat([1 - moved, moved], dim=1)
+
+    config = ConfidenceRankerConfig(of="dropout", views=ViewsConfig(passes=5))
+    image = (mask_of() * 0.8)[None, None]
+    ranker = ConfidenceRanker(config)
+    scores = [float(ranker.score(image, same(image), shaky)[0]) for _ in range(2)]
+    assert scores[0] == scores[1]
+    assert asked == [True] * 10

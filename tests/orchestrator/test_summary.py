@@ -15,6 +15,7 @@ SCHEMA = pa.schema(
         ("asd_mm", pa.float64()),
         ("miss", pa.bool_()),
         ("error", pa.string()),
+        ("rank_cpu_s", pa.float64()),
     ]
 )
 
@@ -99,3 +100,9 @@ def test_nothing_to_describe(tables: dict[str, pa.Table]) -> None:
 def test_figures_are_plain_and_finite() -> None:
     figures = summarise({"scores": table(*[judged(0.1 * i, 0.3 * i) for i in range(5)], {"error": "x"})})
     assert all(type(value) is float and math.isfinite(value) for value in figures["unlabelled"].values())
+
+
+def test_seconds_are_a_mean_over_the_scans_that_were_ranked() -> None:
+    rows = table(judged(0.9, 0.5, rank_cpu_s=1.0), judged(0.8, 0.4, rank_cpu_s=2.0), {"error": "torn"})
+    assert summarise({"scores": rows})["unlabelled"]["rank_cpu_s_mean"] == 1.5
+    assert "rank_cpu_s_mean" not in summarise({"scores": table(judged(0.9))})["unlabelled"]

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -5,7 +6,12 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from onelabel.configs.schema import AutoencoderNetworkConfig, RunConfig
+from onelabel.configs.schema import (
+    AutoencoderNetworkConfig,
+    AutoencoderRankerConfig,
+    ConsistencyRankerConfig,
+    RunConfig,
+)
 from onelabel.models import checkpoint, networks
 from onelabel.models.checkpoint import Meta
 from onelabel.tasks.cohort import SCHEMA, Cohort
@@ -23,7 +29,8 @@ def test_each_scan_is_a_row_and_a_broken_one_has_an_error(
     for name, network in (("unet", config.network), ("autoencoder", AutoencoderNetworkConfig(size=64, width=8))):
         meta = Meta(network.model_dump(mode="json"), name, config.grid.model_dump(mode="json"), 0, 0, "")
         checkpoint.save(tmp_path / name, networks.build(network), meta)
-    task = ScoreTask(tmp_path / "unet", tmp_path / "autoencoder", tmp_path / "masks")
+    ranker = AutoencoderRankerConfig()
+    task = ScoreTask(tmp_path / "unet", tmp_path / "masks", ranker, tmp_path / "autoencoder")
     compute = config.compute.model_copy(update={"score_actors": 2})
     rows = {row["key"]: row for row in score(cohort, task, compute=compute).to_pylist()}
     assert list(rows) == ["broken", "head0", "head1", "head2"]
@@ -40,3 +47,8 @@ def test_each_scan_is_a_row_and_a_broken_one_has_an_error(
         truth = np.asarray(nib.load(source["label"]).dataobj) > 0
         assert row["dice"] == 2 * np.sum(truth & (data > 0)) / (truth.sum() + np.count_nonzero(data))
         assert row["miss"] == (not data.any())
+        assert row["predict_cpu_s"] > 0 and row["rank_cpu_s"] > 0
+    other = replace(task, ranker=ConsistencyRankerConfig(passes=2), fitted=None)
+    again = {row["key"]: row["score"] for row in score(cohort, other, compute=compute).to_pylist()}
+    assert again["broken"] is None
+    assert all(0 <= again[key] <= 1 and again[key] != rows[key]["score"] for key in ("head0", "head1", "head2"))

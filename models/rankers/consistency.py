@@ -1,0 +1,29 @@
+"""Agreement of the masks of several views (Specktor-Fadida 2023, arXiv 2308.10727)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from onelabel.configs.schema import ConsistencyRankerConfig
+from onelabel.models.rankers.base import Predict, Ranker, agreement
+from onelabel.models.rankers.views import back, look, sample_views
+
+
+class ConsistencyRanker(Ranker):
+    """A mask that changes with contrast, side or angle is not to be trusted."""
+
+    def __init__(self, config: ConsistencyRankerConfig) -> None:
+        self.views = sample_views(config)
+
+    @torch.inference_mode()
+    def score(self, image: Tensor, probability: Tensor, predict: Predict) -> Tensor:
+        """Median over the views, the image itself included, of the Dice with what most of them say."""
+        classes = probability.shape[1]
+        masks = [probability.argmax(1)]
+        masks += [back(predict(look(image, view)), view).argmax(1) for view in self.views]
+        votes = torch.stack([F.one_hot(mask, classes) for mask in masks]).sum(0)
+        most = votes.argmax(-1)
+        scores = [
+            torch.stack([agreement(whole, mask) for whole, mask in zip(most, each, strict=True)]) for each in masks
+        ]
+        return torch.stack(scores).median(0).values
