@@ -10,9 +10,7 @@ were cut off.
 """
 
 import argparse
-import csv
 import sys
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ import numpy as np
 from onelabel.configs.load import load
 from onelabel.configs.schema import RunConfig
 from onelabel.orchestrator.driver import run
-from onelabel.orchestrator.evaluate import evaluate
+from onelabel.orchestrator.evaluate import evaluate, groups_of, summarise
 from onelabel.tasks.strip import strip
 
 
@@ -87,16 +85,13 @@ def _test_table(config: RunConfig, title: str) -> str:
 def _contrasts(config: RunConfig, data: Path) -> str:
     folder = Path(config.storage) / config.name
     out = folder / "contrasts"
-    strip([str(data / "participants.csv")], out=out, checkpoint=folder)
-    with (data / "participants.csv").open() as file:
-        contrast = {row["key"]: row["contrast"] for row in csv.DictReader(file)}
-    rows = evaluate(str(out), str(data / "participants.csv"))
-    groups: dict[str, list[float]] = defaultdict(list)
-    for row in rows:
-        groups[contrast[row["key"]]].append(row["dice"] if row["dice"] is not None else 0.0)
+    manifest = str(data / "participants.csv")
+    strip([manifest], out=out, checkpoint=folder)
+    rows = evaluate(str(out), manifest, groups=groups_of(manifest, "contrast"))
     lines = [f"| {config.name}: contrast | scans | Dice mean | worst |", "|---|---|---|---|"]
-    for name, dice in [*sorted(groups.items()), ("all", [value for part in groups.values() for value in part])]:
-        lines.append(f"| {name} | {len(dice)} | {np.mean(dice):.4f} | {min(dice):.4f} |")
+    parts = sorted(summarise(rows), key=lambda part: str(part["group"]))
+    for part in parts + summarise([row | {"group": "all"} for row in rows]):
+        lines.append(f"| {part['group']} | {part['scans']} | {part['dice']:.4f} | {part['worst']:.4f} |")
     return "\n".join(lines)
 
 

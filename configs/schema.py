@@ -195,9 +195,53 @@ class ConfidenceRankerConfig(Base):
     views: ViewsConfig = Field(ViewsConfig(), description="views, and the number of passes with dropout too")
 
 
-RankerConfig = Annotated[
+SingleRankerConfig = Annotated[
     AutoencoderRankerConfig | ConsistencyRankerConfig | ConfidenceRankerConfig, Field(discriminator="type")
 ]
+
+
+class FusedRankerConfig(Base):
+    """Mean of the ranks that several rankers give: 1 for the best of the cohort, 0 for the worst."""
+
+    type: Literal["fused"] = "fused"
+    rankers: tuple[SingleRankerConfig, ...] = Field(min_length=2, description="the rankers")
+    weights: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(None, description="one each; null: equal")
+
+    @model_validator(mode="after")
+    def _one_each(self) -> Self:
+        if self.weights is not None and len(self.weights) != len(self.rankers):
+            raise ValueError(f"{len(self.weights)} weights for {len(self.rankers)} rankers: give one each")
+        return self
+
+
+class RandomRankerConfig(Base):
+    """Chance, as a study's lower bound."""
+
+    type: Literal["random"] = "random"
+
+
+class OracleRankerConfig(Base):
+    """The Dice with the true mask, as a study's upper bound; scans without a mask get no score."""
+
+    type: Literal["oracle"] = "oracle"
+
+
+RankerConfig = Annotated[
+    AutoencoderRankerConfig
+    | ConsistencyRankerConfig
+    | ConfidenceRankerConfig
+    | FusedRankerConfig
+    | RandomRankerConfig
+    | OracleRankerConfig,
+    Field(discriminator="type"),
+]
+
+
+def single_rankers(config: RankerConfig | None, /) -> tuple[SingleRankerConfig, ...]:
+    """The rankers that look at each scan by itself."""
+    if config is None or isinstance(config, RandomRankerConfig | OracleRankerConfig):
+        return ()
+    return config.rankers if isinstance(config, FusedRankerConfig) else (config,)
 
 
 class TopKConfig(Base):
@@ -288,7 +332,7 @@ class RunConfig(Base):
                 raise ValueError(f"stage '{stage.name}' reads 'selected' scans, but no stage before it has a ranker")
             if stage.ranker and self.data.unlabelled is None:
                 raise ValueError(f"stage '{stage.name}' ranks, so data.unlabelled must name a cohort")
-            if isinstance(stage.ranker, ConfidenceRankerConfig) and stage.ranker.of == "dropout" and not dropout:
+            if not dropout and any(getattr(part, "of", None) == "dropout" for part in single_rankers(stage.ranker)):
                 raise ValueError(f"stage '{stage.name}' ranks by passes with dropout: set network.dropout above 0")
             selected = selected or stage.ranker is not None
         return self

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from onelabel.configs.load import dump
-from onelabel.configs.schema import RunConfig, Source, StageConfig
+from onelabel.configs.schema import OracleRankerConfig, RunConfig, Source, StageConfig
 from onelabel.errors import ClusterError, ConfigError, DataError, OnelabelError
 from onelabel.imaging import volume
 from onelabel.models.learners import LEARNERS
@@ -55,11 +55,15 @@ def open_cohorts(config: RunConfig, /) -> Cohorts:
             raise DataError(f"labelled scan '{row['key']}': {error}") from None
     unlabelled = _open(config.data.unlabelled, labels=False) if config.data.unlabelled else None
     for stage in config.stages:
-        if stage.ranker and unlabelled and stage.select.k > len(unlabelled):
+        if not (stage.ranker and unlabelled):
+            continue
+        if stage.select.k > len(unlabelled):
             raise ConfigError(
                 f"stage '{stage.name}' selects k = {stage.select.k} scans, but data.unlabelled holds {len(unlabelled)};"
                 " lower select.k or give more scans"
             )
+        if isinstance(stage.ranker, OracleRankerConfig) and not any(row["label"] for row in unlabelled.rows()):
+            raise ConfigError(f"stage '{stage.name}' ranks by the oracle, but no scan of data.unlabelled has a mask")
     test = _open(config.data.test, labels=True) if config.data.test else None
     return Cohorts(labelled, unlabelled, test)
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 import ray
 from ray.util.queue import Queue
 
-from onelabel.configs.schema import AutoencoderRankerConfig, RankerConfig, RunConfig, StreamConfig
+from onelabel.configs.schema import AutoencoderRankerConfig, RankerConfig, RunConfig, StreamConfig, single_rankers
 from onelabel.errors import DataError
 from onelabel.imaging.random import derive
 from onelabel.models import checkpoint
@@ -54,14 +54,11 @@ class Work:
         with ExitStack() as stack:
             if not now.checkpoint.is_dir():
                 jobs.append(self._learning(now, previous, selection, track))
-            ranker = now.stage.ranker
-            if (
-                isinstance(ranker, AutoencoderRankerConfig)
-                and self.cohorts.unlabelled
-                and not self._ranker(ranker).is_dir()
-            ):
-                name = f"ranker {ranker.type}"
-                jobs.append(self._ranking(name, ranker, stack.enter_context(self.tracker.round(name))))
+            parts = single_rankers(now.stage.ranker) if self.cohorts.unlabelled else ()
+            for place, part in enumerate(parts):
+                if isinstance(part, AutoencoderRankerConfig) and not self._fitted(part).is_dir():
+                    name = f"ranker {part.type}" + (f" {place + 1}" if place else "")
+                    jobs.append(self._ranking(name, part, stack.enter_context(self.tracker.round(name))))
             if jobs:
                 folder = now.folder / "training"
                 figures = fit(jobs, compute=self.config.compute, folder=folder, queue=self.queue)
@@ -74,10 +71,11 @@ class Work:
         """Masks and scores of a cohort, unless an earlier attempt wrote them."""
         found = now.table(name)
         if found is None:
-            fitted = self._ranker(ranker) if isinstance(ranker, AutoencoderRankerConfig) else None
+            parts = single_rankers(ranker)
+            fitted = tuple(self._fitted(part) if isinstance(part, AutoencoderRankerConfig) else None for part in parts)
             log.info("%s: %s of %d scans", now.name, name, len(cohort))
             out = now.folder / ("masks" if name == "scores" else f"{name}-masks")
-            task = scoring.ScoreTask(now.checkpoint, out, ranker, fitted)
+            task = scoring.ScoreTask(now.checkpoint, out, ranker, fitted, self.config.seed)
             with self._timed("scoring"):
                 found = scoring.score(cohort, task, compute=self.config.compute)
             now.write_table(name, found)
@@ -121,7 +119,7 @@ class Work:
         task = FitTask(name, config.learner, config.network, config.steps, seed, meta)
         sources = {"train": (StreamConfig(type="mask", deform=config.deform),)}
         scans = {"labelled": self._scans("labelled", self.cohorts.labelled)}
-        return self._job(task, sources, scans, self._ranker(config), track)
+        return self._job(task, sources, scans, self._fitted(config), track)
 
     def _job(
         self,
@@ -149,7 +147,7 @@ class Work:
 
         return Job(replace(task, every=self.config.tracking.every), built, out, shown)
 
-    def _ranker(self, config: AutoencoderRankerConfig) -> Path:
+    def _fitted(self, config: AutoencoderRankerConfig) -> Path:
         """Where the checkpoint of the ranker's network is or will be."""
         return self.folder / "rankers" / f"{config.type}-{derive(config.model_dump_json()):014x}"
 

@@ -2,16 +2,17 @@
 
 from torch import nn
 
-from onelabel.configs.schema import ConfidenceRankerConfig, ConsistencyRankerConfig, RankerConfig
+from onelabel.configs.schema import ConfidenceRankerConfig, ConsistencyRankerConfig, SingleRankerConfig
 from onelabel.models.rankers.autoencoder import AutoencoderRanker
 from onelabel.models.rankers.base import Ranker
 from onelabel.models.rankers.confidence import ConfidenceRanker
 from onelabel.models.rankers.consistency import ConsistencyRanker
+from onelabel.models.rankers.fused import fuse
 
-__all__ = ["AutoencoderRanker", "ConfidenceRanker", "ConsistencyRanker", "Ranker", "build"]
+__all__ = ["AutoencoderRanker", "ConfidenceRanker", "ConsistencyRanker", "Ranker", "build", "fuse"]
 
 
-def build(config: RankerConfig, network: nn.Module | None = None, /) -> Ranker:
+def build(config: SingleRankerConfig, network: nn.Module | None = None, /) -> Ranker:
     """The ranker of a config, on the network that was fitted for it if it needs one."""
     if isinstance(config, ConsistencyRankerConfig):
         return ConsistencyRanker(config)

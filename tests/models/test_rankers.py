@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from onelabel.configs.schema import (
 from onelabel.models import networks
 from onelabel.models.learners import LEARNERS, Progress, Samples
 from onelabel.models.networks.autoencoder import Autoencoder
-from onelabel.models.rankers import AutoencoderRanker, ConfidenceRanker, ConsistencyRanker, Ranker, build
+from onelabel.models.rankers import AutoencoderRanker, ConfidenceRanker, ConsistencyRanker, Ranker, build, fuse
 from onelabel.models.rankers.base import agreement
 from onelabel.models.rankers.views import View, back, look, sample_views
 
@@ -222,3 +223,22 @@ def test_confidence_by_dropout_draws_the_same_passes_each_time() -> None:
     scores = [float(ranker.score(image, same(image), shaky)[0]) for _ in range(2)]
     assert scores[0] == scores[1]
     assert asked == [True] * 10
+
+
+# Fusion
+
+
+def test_ranks_are_averaged() -> None:
+    scores = np.array([[0.1, 0.9, 0.5], [10.0, 20.0, 30.0]])
+    assert fuse(scores).tolist() == [0, 0.75, 0.75]
+    assert fuse(scores, (3, 1)).tolist() == [0, 0.875, 0.625]
+    assert fuse(scores[:, ::-1]).tolist() == [0.75, 0.75, 0]
+    assert fuse(np.exp(scores)).tolist() == fuse(scores).tolist()  # only the order counts
+
+
+def test_equal_scores_share_their_rank_and_what_failed_has_none() -> None:
+    assert fuse(np.array([[0.5, 0.5, 0.9]])).tolist() == [0.25, 0.25, 1]
+    fused = fuse(np.array([[0.5, np.nan, 0.9], [0.5, 0.7, 0.9]]))
+    assert np.isnan(fused[1]) and fused[[0, 2]].tolist() == [0, 1]
+    assert np.isnan(fuse(np.array([[np.nan]]))).all()
+    assert fuse(np.array([[0.3]])).tolist() == [0]

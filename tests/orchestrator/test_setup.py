@@ -98,6 +98,13 @@ def test_a_stage_makes_a_network_that_segments_images(data: Path) -> None:
     assert "'mask'" in refusal(config(data, stage={"streams": {"train": [{"type": "mask"}]}}))
 
 
+def test_the_oracle_needs_masks(data: Path) -> None:
+    oracle = config(data, stage={"ranker": {"type": "oracle"}})
+    assert "oracle" in refusal(oracle)
+    write(data / "cohort" / "a_mask.nii.gz", mask())
+    open_cohorts(oracle)
+
+
 @pytest.mark.parametrize("broken", ["labelled", "unlabelled", "test"])
 def test_a_source_that_is_not_there(data: Path, broken: str) -> None:
     run = config(data)

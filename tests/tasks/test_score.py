@@ -4,16 +4,21 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pyarrow as pa
+import pytest
 import torch
 
 from onelabel.configs.schema import (
     AutoencoderNetworkConfig,
     AutoencoderRankerConfig,
     ConsistencyRankerConfig,
+    FusedRankerConfig,
+    OracleRankerConfig,
+    RandomRankerConfig,
     RunConfig,
 )
 from onelabel.models import checkpoint, networks
 from onelabel.models.checkpoint import Meta
+from onelabel.models.rankers import fuse
 from onelabel.tasks.cohort import SCHEMA, Cohort
 from onelabel.tasks.score import ScoreTask, score
 
@@ -30,7 +35,7 @@ def test_each_scan_is_a_row_and_a_broken_one_has_an_error(
         meta = Meta(network.model_dump(mode="json"), name, config.grid.model_dump(mode="json"), 0, 0, "")
         checkpoint.save(tmp_path / name, networks.build(network), meta)
     ranker = AutoencoderRankerConfig()
-    task = ScoreTask(tmp_path / "unet", tmp_path / "masks", ranker, tmp_path / "autoencoder")
+    task = ScoreTask(tmp_path / "unet", tmp_path / "masks", ranker, (tmp_path / "autoencoder",))
     compute = config.compute.model_copy(update={"score_actors": 2})
     rows = {row["key"]: row for row in score(cohort, task, compute=compute).to_pylist()}
     assert list(rows) == ["broken", "head0", "head1", "head2"]
@@ -48,7 +53,33 @@ def test_each_scan_is_a_row_and_a_broken_one_has_an_error(
         assert row["dice"] == 2 * np.sum(truth & (data > 0)) / (truth.sum() + np.count_nonzero(data))
         assert row["miss"] == (not data.any())
         assert row["predict_cpu_s"] > 0 and row["rank_cpu_s"] > 0
-    other = replace(task, ranker=ConsistencyRankerConfig(passes=2), fitted=None)
-    again = {row["key"]: row["score"] for row in score(cohort, other, compute=compute).to_pylist()}
-    assert again["broken"] is None
-    assert all(0 <= again[key] <= 1 and again[key] != rows[key]["score"] for key in ("head0", "head1", "head2"))
+    parts = (ranker, ConsistencyRankerConfig(passes=2), ranker)
+    fused = replace(task, ranker=FusedRankerConfig(rankers=parts), fitted=(*task.fitted, None, *task.fitted))
+    assert fused.columns == ["score_autoencoder", "score_consistency", "score_autoencoder_2"]
+    again = {row["key"]: row for row in score(cohort, fused, compute=compute).to_pylist()}
+    assert [again["broken"][name] for name in ("score", *fused.columns)] == [None] * 4
+    sound = ("head0", "head1", "head2")
+    assert all(
+        again[key]["score_autoencoder"] == again[key]["score_autoencoder_2"] == rows[key]["score"] for key in sound
+    )
+    expected = fuse(np.array([[again[key][name] for key in sound] for name in fused.columns]))
+    assert [again[key]["score"] for key in sound] == pytest.approx(expected.tolist())
+
+
+def test_chance_and_the_oracle_rank_without_a_look(
+    ray_cluster: None, heads: Cohort, config: RunConfig, tmp_path: Path
+) -> None:
+    meta = Meta(config.network.model_dump(mode="json"), "supervised", config.grid.model_dump(mode="json"), 0, 0, "")
+    checkpoint.save(tmp_path / "unet", networks.build(config.network), meta)
+    task = ScoreTask(tmp_path / "unet", tmp_path / "masks", OracleRankerConfig())
+    compute = config.compute.model_copy(update={"score_actors": 1})
+    assert all(row["score"] == row["dice"] for row in score(heads, task, compute=compute).to_pylist())
+    drawn = [
+        [
+            row["score"]
+            for row in score(heads, replace(task, ranker=RandomRankerConfig(), seed=seed), compute=compute).to_pylist()
+        ]
+        for seed in (0, 0, 1)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert all(0 <= value < 1 for value in drawn[0]) and len(set(drawn[0])) == len(heads)
