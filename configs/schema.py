@@ -332,7 +332,8 @@ class RunConfig(Base):
                 raise ValueError(f"stage '{stage.name}' reads 'selected' scans, but no stage before it has a ranker")
             if stage.ranker and self.data.unlabelled is None:
                 raise ValueError(f"stage '{stage.name}' ranks, so data.unlabelled must name a cohort")
-            if not dropout and any(getattr(part, "of", None) == "dropout" for part in single_rankers(stage.ranker)):
+            confident = [one for one in single_rankers(stage.ranker) if isinstance(one, ConfidenceRankerConfig)]
+            if not dropout and any(one.of == "dropout" for one in confident):
                 raise ValueError(f"stage '{stage.name}' ranks by passes with dropout: set network.dropout above 0")
             selected = selected or stage.ranker is not None
         return self
