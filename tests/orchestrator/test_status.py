@@ -11,7 +11,7 @@ from onelabel.orchestrator.status import read
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A run whose first round is done and whose second was begun."""
-    config = load(["singlestrip", "data.labelled=scan.nii.gz", "data.unlabelled=scans"])
+    config = load(["singlestrip", "data.labelled=scan.nii.gz", "data.unlabelled=scans", "stages.1.rounds=2"])
     dump(config, tmp_path / "config.yaml")
     first, second, *_ = plan(config, tmp_path)
     first.folder.mkdir()
