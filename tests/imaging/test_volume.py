@@ -187,7 +187,8 @@ def test_load_labelled_tolerates_rounding(tmp_path: Path) -> None:
     affine = TILTED.copy()
     scan = write(tmp_path / "a.nii", image(), affine)
     affine[0, 3] += 0.1
-    load_labelled(scan, write(tmp_path / "b.nii", (image() > 50).astype(np.uint8), affine))
+    _, label = load_labelled(scan, write(tmp_path / "b.nii", (image() > 50).astype(np.uint8), affine))
+    np.testing.assert_array_equal(label.data, image() > 50)
 
 
 # Writing
@@ -230,7 +231,8 @@ def test_save_takes_the_geometry_of_its_source(tmp_path: Path, codes: tuple[int,
 def test_save_places_a_mask_on_an_mgz_image(tmp_path: Path) -> None:
     volume = load(write(tmp_path / "a.mgz", image()))
     save(Volume(volume.data > 50, volume.affine), tmp_path / "m.nii.gz", like=tmp_path / "a.mgz")
-    load_labelled(tmp_path / "a.mgz", tmp_path / "m.nii.gz")
+    _, mask = load_labelled(tmp_path / "a.mgz", tmp_path / "m.nii.gz")
+    np.testing.assert_array_equal(mask.data, volume.data > 50)
 
 
 def test_save_refuses_what_would_not_come_back(tmp_path: Path) -> None:
