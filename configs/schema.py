@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from onelabel.configs.augmentation import Base, DeformConfig, SynthesisConfig
+from onelabel.configs.selection import SelectConfig, TopKConfig
 
 
 def _per_axis(value: object) -> object:
@@ -244,13 +245,6 @@ def single_rankers(config: RankerConfig | None, /) -> tuple[SingleRankerConfig, 
     return config.rankers if isinstance(config, FusedRankerConfig) else (config,)
 
 
-class TopKConfig(Base):
-    """The k best scores; ties go to the smaller key."""
-
-    type: Literal["top_k"] = "top_k"
-    k: int = Field(10, ge=1, description="how many pseudo-labelled scans the next round learns from")
-
-
 class StageConfig(Base):
     """Some rounds of one recipe."""
 
@@ -261,7 +255,7 @@ class StageConfig(Base):
     learner: LearnerConfig = Field(SupervisedConfig(), description="the method")
     streams: dict[str, Ingredients] = Field(description="what the learner reads, by its stream names")
     ranker: RankerConfig | None = Field(None, description="scores the cohort's masks; null: no scoring")
-    select: TopKConfig = Field(TopKConfig(), description="which scored masks the next round learns from")
+    select: SelectConfig = Field(TopKConfig(), description="which scored masks the next round learns from")
 
 
 class ComputeConfig(Base):

@@ -67,7 +67,7 @@ def _run_round(work: Work, now: Round, previous: Round | None, selection: pa.Tab
         tables = {}
         if now.stage.ranker and work.cohorts.unlabelled:
             tables["scores"] = work.score(now, "scores", work.cohorts.unlabelled, now.stage.ranker)
-            tables["selection"] = select(tables["scores"], now.stage.select)
+            tables["selection"] = select(tables["scores"], now.stage.select, now.number)
         if work.cohorts.test:
             tables["test"] = work.score(now, "test", work.cohorts.test)
         metrics = {"stage": now.stage.name, "round": now.index, "training": training} | summarise(tables)

@@ -85,8 +85,5 @@ def plan(config: RunConfig, folder: Path, /) -> list[Round]:
 def pseudo_labels(selection: pa.Table, /) -> Cohort:
     """The selected scans with their predicted masks as labels."""
     columns = {"key": selection["key"], "image": selection["image"], "label": selection["mask"]}
-    columns |= {
-        "kind": pa.array(["pseudo"] * len(selection), pa.string()),
-        "weight": pa.array([1.0] * len(selection), pa.float64()),
-    }
+    columns |= {"kind": pa.array(["pseudo"] * len(selection), pa.string()), "weight": selection["weight"]}
     return Cohort(pa.table(columns))

@@ -10,6 +10,7 @@ import yaml
 
 from onelabel.configs.load import dump
 from onelabel.configs.schema import OracleRankerConfig, RunConfig, Source, StageConfig
+from onelabel.configs.selection import TopKConfig
 from onelabel.errors import ClusterError, ConfigError, DataError, OnelabelError
 from onelabel.imaging import volume
 from onelabel.models.learners import LEARNERS
@@ -57,9 +58,9 @@ def open_cohorts(config: RunConfig, /) -> Cohorts:
     for stage in config.stages:
         if not (stage.ranker and unlabelled):
             continue
-        if stage.select.k > len(unlabelled):
+        if isinstance(stage.select, TopKConfig) and (most := max(stage.select.k)) > len(unlabelled):
             raise ConfigError(
-                f"stage '{stage.name}' selects k = {stage.select.k} scans, but data.unlabelled holds {len(unlabelled)};"
+                f"stage '{stage.name}' selects k = {most} scans, but data.unlabelled holds {len(unlabelled)};"
                 " lower select.k or give more scans"
             )
         if isinstance(stage.ranker, OracleRankerConfig) and not any(row["label"] for row in unlabelled.rows()):
@@ -88,7 +89,11 @@ def _check_stage(stage: StageConfig) -> None:
 def needs(config: RunConfig, cohorts: Cohorts, /) -> dict[str, float]:
     """Bytes of a synthesis actor, and of a train worker's samples in flight and scans in the object store."""
     voxels = math.prod(config.grid.size)
-    scans = len(cohorts.labelled) + max((stage.select.k for stage in config.stages if stage.ranker), default=0)
+    pool = len(cohorts.unlabelled) if cohorts.unlabelled else 0
+    selected = (
+        stage.select.most(pool, number) for stage in config.stages if stage.ranker for number in range(stage.rounds)
+    )
+    scans = len(cohorts.labelled) + max(selected, default=0)
     flying = max(max(config.compute.ahead, stage.learner.batch) for stage in config.stages)
     store = flying * streams.sample_bytes(voxels) + scans * streams.scan_bytes(voxels)
     return {"actor_bytes": streams.actor_bytes(voxels), "store_bytes": store}

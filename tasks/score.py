@@ -11,6 +11,7 @@ import pyarrow as pa
 import ray
 import ray.data
 import torch
+import torch.nn.functional as F
 
 from onelabel.configs.schema import (
     ComputeConfig,
@@ -43,6 +44,7 @@ SCHEMA = pa.schema(
         ("miss", pa.bool_()),
         ("predict_cpu_s", pa.float64()),
         ("rank_cpu_s", pa.float64()),
+        ("thumbnail", pa.binary()),
         ("error", pa.string()),
     ]
 )
@@ -79,7 +81,7 @@ def score(cohort: Cohort, task: ScoreTask, /, *, compute: ComputeConfig) -> pa.T
 
     Returns
     -------
-    One row a scan, by key: `SCHEMA`, and `score_TYPE` of each part of a fused ranker. Metrics where the cohort names a
+    One row a scan, by key: `SCHEMA` (the thumbnail is of (8, 8, 8) uint8), and `score_TYPE` of each part of a fused ranker. Metrics where the cohort names a
     truth; null where there is none.
     """
     task.out.mkdir(parents=True, exist_ok=True)
@@ -146,6 +148,7 @@ class Scorer:
         volume.save(prediction.mask, path, like=image, dtype=np.uint8)
         mask = prediction.mask.data > 0
         row |= {"mask": str(path), "volume_mm3": metrics.volume_mm3(mask, scan.spacing_mm)}
+        row["thumbnail"] = _thumbnail(prediction.image)
         begin = time.process_time()
         for column, ranker in zip(self.task.columns, self.rankers, strict=True):
             scores = ranker.score(prediction.image, prediction.probability, self.predictor.probability)
@@ -155,3 +158,9 @@ class Scorer:
             found = metrics.evaluate(mask, truth.data > 0, scan.spacing_mm)
             row |= {name: found[name] for name in ("dice", "hd95_mm", "asd_mm", "miss")}
         return row
+
+
+def _thumbnail(image: torch.Tensor) -> bytes:
+    """An image (1, 1, *size) in [0, 1] as (8, 8, 8) bytes, to tell scans that are alike."""
+    small = F.adaptive_avg_pool3d(image, 8)
+    return small.mul(255).round().to(torch.uint8).cpu().numpy().tobytes()

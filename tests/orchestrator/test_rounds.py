@@ -105,8 +105,8 @@ def test_a_failed_write_leaves_the_old_table(first: Round) -> None:
 
 
 def selection(*keys: str) -> pa.Table:
-    rows = [{"key": key, "image": f"/scans/{key}.nii", "mask": f"/masks/{key}.nii.gz", "score": 0.5} for key in keys]
-    schema = pa.schema([(name, pa.string()) for name in ("key", "image", "mask")] + [("score", pa.float64())])
+    rows = [{"key": key, "image": f"/scans/{key}.nii", "mask": f"/masks/{key}.nii.gz", "weight": 0.5} for key in keys]
+    schema = pa.schema([(name, pa.string()) for name in ("key", "image", "mask")] + [("weight", pa.float64())])
     return pa.Table.from_pylist(rows, schema=schema)
 
 
@@ -118,7 +118,7 @@ def test_selected_masks_become_labels() -> None:
         "image": "/scans/a.nii",
         "label": "/masks/a.nii.gz",
         "kind": "pseudo",
-        "weight": 1.0,
+        "weight": 0.5,
     }
     with pytest.raises(DataError):
         pseudo_labels(selection("a", "a"))
