@@ -30,7 +30,7 @@ def load(items: Sequence[str]) -> RunConfig:
     """
     merged: Any = {}
     for item in items:
-        settings = _override(item) if "=" in item and not Path(item).is_file() else _read(item)
+        settings = _override(item) if "=" in item and not os.path.isfile(item) else _read(item)
         merged = _merge(merged, settings, [RunConfig])
     return parse(merged)
 
@@ -54,7 +54,7 @@ def _read(item: str) -> Any:
     path = Path(item)
     preset = PRESETS / f"{path.name.removesuffix('.yaml')}.yaml"
     # Only a bare name is a preset: a mistyped folder must not give another config than the one meant.
-    if not path.is_file() and path.name == item and preset.is_file():
+    if not os.path.isfile(item) and path.name == item and os.path.isfile(preset):
         path = preset
     try:
         content = yaml.safe_load(path.read_text())

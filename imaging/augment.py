@@ -228,10 +228,10 @@ def bounds(sample: Tensor, /) -> tuple[Tensor, Tensor]:
 
 
 def _at(ordered: Tensor, place: Tensor) -> Tensor:
-    """Value between two of the ordered ones."""
+    """Value between two of the ordered ones; taken, for an index in brackets would wait for the device."""
     below = place.floor().long()
     above = (below + 1).clamp(max=len(ordered) - 1)
-    return torch.lerp(ordered[below], ordered[above], place - below)
+    return torch.lerp(ordered.take(below), ordered.take(above), place - below)
 
 
 def _happens(probability: float, generator: torch.Generator) -> bool:

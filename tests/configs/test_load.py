@@ -79,6 +79,13 @@ def test_later_files_and_overrides_win(tmp_path: Path) -> None:
     assert load([*BASE, first, second]).grid.size == load(BASE).grid.size
 
 
+def test_an_override_may_be_longer_than_the_name_of_a_file() -> None:
+    long = "synthesis.deform={" + " " * 300 + "warp_mm: [0, 3]}"
+    assert load(["singlestrip", "data.labelled=a", "data.unlabelled=b", long]).synthesis.deform.warp_mm == (0, 3)
+    with pytest.raises(ConfigError):
+        load(["x" * 300])
+
+
 def test_an_override_of_one_item_leaves_the_others() -> None:
     before, after = load(BASE), load([*BASE, "stages.0.steps=3"])
     assert after.stages[0].steps == 3

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from onelabel.configs.augmentation import AugmentConfig, BinsConfig, DeformConfig, SynthesisConfig
 from onelabel.imaging import augment, deform, synthesis
@@ -174,3 +175,32 @@ def test_labels_move_alone_as_with_their_image(scan: BinnedScan) -> None:
         params = synthesis.sample_params(scan, config, spacing_mm=SPACING_MM, generator=source)
         _, label = synthesis.synthesise(scan, params, spacing_mm=SPACING_MM)
         assert np.array_equal(synthesis.move(scan.target, params.deformation, spacing_mm=SPACING_MM), label.numpy())
+
+
+class _Waits(TorchDispatchMode):
+    """Notes the calls for which a GPU's host would have to wait."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(name in function.__name__ for name in self.NAMES):
+            self.found.append(function.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("real", [False, True])
+def test_the_torch_engine_never_waits_for_its_device(scan: BinnedScan, real: bool) -> None:
+    often = {name: {"probability": 1} for name in AugmentConfig.model_fields}
+    config = SynthesisConfig.model_validate({"strip": {"probability": 1}, "augment": often})
+    source = torch.Generator().manual_seed(0)
+    params = synthesis.sample_params(scan, config, spacing_mm=SPACING_MM, real=real, generator=source)
+    with _Waits() as waits:
+        synthesis.in_torch(scan, params, spacing_mm=SPACING_MM, device=CPU)
+    assert not waits.found
+    with _Waits() as waits:
+        torch.ones(3).sum().item()
+    assert waits.found
