@@ -245,6 +245,35 @@ def single_rankers(config: RankerConfig | None, /) -> tuple[SingleRankerConfig, 
     return config.rankers if isinstance(config, FusedRankerConfig) else (config,)
 
 
+HARD = SynthesisConfig.model_validate(
+    {
+        "deform": {"rotate_deg": 60, "scale": (0.6, 1.5), "translate_mm": 30, "warp_mm": (0, 14)},
+        "intensity": {"real": 0.4},
+        "strip": {"probability": 0.3, "border_mm": (-12, 30)},
+        "augment": {
+            "bias": {"strength": (0, 0.95)},
+            "gamma": {"log_exponent": (-1.2, 1.2)},
+            "blur": {"fwhm_mm": (0, 12)},
+            "low_resolution": {"probability": 0.6, "spacing_mm": (2, 16)},
+            "motion": {"probability": 0.3},
+            "lines": {"probability": 0.3, "count": (1, 15)},
+            "noise": {"sd": (0, 0.3)},
+            "crop": {"probability": 0.5, "share": (0, 0.5)},
+        },
+    }
+)
+
+
+class ExpectConfig(Base):
+    """The Dice to expect of a mask, learned from the network's masks of synthetic images, whose truth is known."""
+
+    images: int = Field(64, ge=0, description="synthetic images; 0: no expected Dice")
+    synthesis: SynthesisConfig = Field(
+        HARD, description="how they are made: harder than what the network learned from, so that masks fail too"
+    )
+    bad: Probability = Field(0.9, description="a mask whose expected Dice is lower is flagged")
+
+
 class StageConfig(Base):
     """Some rounds of one recipe."""
 
@@ -255,6 +284,7 @@ class StageConfig(Base):
     learner: LearnerConfig = Field(SupervisedConfig(), description="the method")
     streams: dict[str, Ingredients] = Field(description="what the learner reads, by its stream names")
     ranker: RankerConfig | None = Field(None, description="scores the cohort's masks; null: no scoring")
+    expect: ExpectConfig = Field(ExpectConfig(), description="from scores to the Dice to expect")
     select: SelectConfig = Field(TopKConfig(), description="which scored masks the next round learns from")
 
 

@@ -25,7 +25,10 @@ class SelectBase(Base):
     """What all rules share."""
 
     alike: float = Field(
-        1.0, gt=0, le=1, description="correlation with a better scan, as small images, from which one is left out; 1: none"
+        1.0,
+        gt=0,
+        le=1,
+        description="correlation with a better scan, as small images, from which one is left out; 1: none",
     )
     weight: Literal["equal", "score"] = Field("equal", description="what a scan weighs: all the same, or by its score")
 
@@ -34,7 +37,9 @@ class TopKConfig(SelectBase):
     """The k best scores; ties go to the smaller key."""
 
     type: Literal["top_k"] = "top_k"
-    k: Counts = Field((10,), description="pseudo-labelled scans the next round learns from; a number, or one each round")
+    k: Counts = Field(
+        (10,), description="pseudo-labelled scans the next round learns from; a number, or one each round"
+    )
 
     def most(self, scans: int, number: int, /) -> int:
         """How many of a cohort may be selected in a round of the stage, counted from 0."""

@@ -75,9 +75,14 @@ class Work:
             fitted = tuple(self._fitted(part) if isinstance(part, AutoencoderRankerConfig) else None for part in parts)
             log.info("%s: %s of %d scans", now.name, name, len(cohort))
             out = now.folder / ("masks" if name == "scores" else f"{name}-masks")
-            task = scoring.ScoreTask(now.checkpoint, out, ranker, fitted, self.config.seed)
+            probes = None
+            if parts and now.stage.expect.images:
+                probes = scoring.Probes(tuple(self._scans("labelled", self.cohorts.labelled)[0]), now.stage.expect)
+            task = scoring.ScoreTask(now.checkpoint, out, ranker, fitted, self.config.seed, probes)
             with self._timed("scoring"):
-                found = scoring.score(cohort, task, compute=self.config.compute)
+                found, expectation = scoring.score(cohort, task, compute=self.config.compute)
+            if expectation:
+                expectation.save(now.folder / "expectation.json")
             now.write_table(name, found)
         return found
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 import ray.data
 import torch
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 
 from onelabel.configs.schema import (
     ComputeConfig,
+    ExpectConfig,
     FusedRankerConfig,
     OracleRankerConfig,
     RandomRankerConfig,
@@ -22,11 +24,12 @@ from onelabel.configs.schema import (
     single_rankers,
 )
 from onelabel.errors import SCAN_FAULTS, sentence
-from onelabel.imaging import metrics, volume
+from onelabel.imaging import metrics, random, synthesis, volume
 from onelabel.imaging.random import derive
 from onelabel.models import checkpoint, rankers
-from onelabel.models.predictor import Predictor
+from onelabel.models.predictor import Predictor, clean
 from onelabel.models.rankers import fuse
+from onelabel.models.rankers.expectation import Expectation, fit
 from onelabel.tasks.cohort import Cohort
 
 log = logging.getLogger(__name__)
@@ -37,6 +40,10 @@ SCHEMA = pa.schema(
         ("image", pa.string()),
         ("mask", pa.string()),
         ("score", pa.float64()),
+        ("expected_dice", pa.float64()),
+        ("expected_low", pa.float64()),
+        ("expected_high", pa.float64()),
+        ("flag", pa.bool_()),
         ("volume_mm3", pa.float64()),
         ("dice", pa.float64()),
         ("hd95_mm", pa.float64()),
@@ -50,12 +57,24 @@ SCHEMA = pa.schema(
 )
 
 
+EXPECTED = ("expected_dice", "expected_low", "expected_high")
+
+
+@dataclass(frozen=True)
+class Probes:
+    """Synthetic images of scans (references to BinnedScan), to learn what Dice a score speaks for."""
+
+    scans: tuple[Any, ...]
+    config: ExpectConfig
+
+
 @dataclass(frozen=True)
 class ScoreTask:
     """What to score with.
 
     checkpoint : of the segmenter; out : folder of the masks
     fitted : checkpoint of the network of each of the ranker's `single_rankers`, or None
+    probes : scored with the cohort, if a Dice is to be expected
     """
 
     checkpoint: Path
@@ -63,6 +82,7 @@ class ScoreTask:
     ranker: RankerConfig | None = None
     fitted: tuple[Path | None, ...] = ()
     seed: int = 0
+    probes: Probes | None = None
 
     @property
     def columns(self) -> list[str]:
@@ -76,16 +96,21 @@ class ScoreTask:
         ]
 
 
-def score(cohort: Cohort, task: ScoreTask, /, *, compute: ComputeConfig) -> pa.Table:
+def score(cohort: Cohort, task: ScoreTask, /, *, compute: ComputeConfig) -> tuple[pa.Table, Expectation | None]:
     """Segment all scans, write their masks in native space, and rank them.
 
     Returns
     -------
-    One row a scan, by key: `SCHEMA` (the thumbnail is of (8, 8, 8) uint8), and `score_TYPE` of each part of a fused ranker. Metrics where the cohort names a
-    truth; null where there is none.
+    One row a scan, by key: `SCHEMA` (the thumbnail is of (8, 8, 8) uint8), and `score_TYPE` of each part of a fused
+    ranker; metrics where the cohort names a truth, null where there is none. And from the probes, what the scores
+    speak for.
     """
     task.out.mkdir(parents=True, exist_ok=True)
-    rows = [{"key": row["key"], "image": row["image"], "label": row["label"] or ""} for row in cohort.rows()]
+    rows = [
+        {"key": row["key"], "image": row["image"], "label": row["label"] or "", "probe": -1} for row in cohort.rows()
+    ]
+    probes = task.probes.config.images if task.probes and task.columns else 0
+    rows += [{"key": "", "image": "", "label": "", "probe": number} for number in range(probes)]
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # it warns that its progress bars are off
     ray.data.DataContext.get_current().enable_progress_bars = False
     actors = min(compute.score_actors, len(rows))
@@ -98,11 +123,37 @@ def score(cohort: Cohort, task: ScoreTask, /, *, compute: ComputeConfig) -> pa.T
         fn_constructor_kwargs={"task": task, "device": "cuda" if compute.score_gpus else "cpu", "compute": compute},
     )
     schema = pa.schema([*SCHEMA, *(pa.field(name, pa.float64()) for name in task.columns if name not in SCHEMA.names)])
-    table = _ranked(pa.Table.from_pylist(dataset.take_all(), schema=schema).sort_by("key"), task)
+    found = sorted(dataset.take_all(), key=lambda row: (row["key"], row["probe"]))
+    table, probed = (
+        pa.Table.from_pylist([row for row in found if (row["probe"] < 0) == real], schema=schema)
+        for real in (True, False)
+    )
+    table, expectation = _ranked(table, task), None
+    if task.probes and probes:
+        expectation = _expectation(probed, task)
+        table = _expected(table, task, expectation)
     failed = [error for error in table["error"].to_pylist() if error]
     if failed:
         log.warning("%d of %d scans failed, for example: %s", len(failed), len(table), failed[0])
-    return table
+    return table, expectation
+
+
+def _expectation(probed: pa.Table, task: ScoreTask) -> Expectation:
+    """What the scores of probes speak for."""
+    weights = task.ranker.weights if isinstance(task.ranker, FusedRankerConfig) else None
+    known = probed.filter(pc.is_finite(pc.fill_null(probed["dice"], float("nan"))))
+    return fit(np.array([known[name].to_numpy() for name in task.columns]), known["dice"].to_numpy(), weights)
+
+
+def _expected(table: pa.Table, task: ScoreTask, expectation: Expectation) -> pa.Table:
+    """The table with the Dice to expect, and a flag where it is low or the mask empty."""
+    assert task.probes
+    expected = expectation(np.array([table[name].to_numpy() for name in task.columns]))
+    empty = pc.equal(table["volume_mm3"], 0)
+    low = pc.less(pa.array(expected[0], from_pandas=True), task.probes.config.bad)
+    for name, values in zip(EXPECTED, expected, strict=True):
+        table = table.set_column(table.column_names.index(name), name, pa.array(values, from_pandas=True))
+    return table.set_column(table.column_names.index("flag"), "flag", pc.or_kleene(low, empty))
 
 
 def _ranked(table: pa.Table, task: ScoreTask) -> pa.Table:
@@ -132,9 +183,11 @@ class Scorer:
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         """Score a batch of one row."""
         key, image, label = (str(batch[name][0]) for name in ("key", "image", "label"))
-        row: dict[str, Any] = dict.fromkeys([*SCHEMA.names, *self.task.columns]) | {"key": key, "image": image}
+        probe = int(batch["probe"][0])
+        row: dict[str, Any] = dict.fromkeys([*SCHEMA.names, *self.task.columns])
+        row |= {"key": key, "image": image, "probe": probe}
         try:
-            row |= self._score(key, image, label)
+            row |= self._score(key, image, label) if probe < 0 else self._probe(probe)
         except SCAN_FAULTS as error:
             row["error"] = sentence(error)
         return {name: [value] for name, value in row.items()}
@@ -150,14 +203,36 @@ class Scorer:
         row |= {"mask": str(path), "volume_mm3": metrics.volume_mm3(mask, scan.spacing_mm)}
         row["thumbnail"] = _thumbnail(prediction.image)
         begin = time.process_time()
-        for column, ranker in zip(self.task.columns, self.rankers, strict=True):
-            scores = ranker.score(prediction.image, prediction.probability, self.predictor.probability)
-            row |= {column: float(scores[0]), "rank_cpu_s": time.process_time() - begin}
+        row |= self._rank(prediction.image, prediction.probability)
+        row["rank_cpu_s"] = time.process_time() - begin if self.rankers else None
         if label:
             _, truth = volume.load_labelled(image, label)
             found = metrics.evaluate(mask, truth.data > 0, scan.spacing_mm)
             row |= {name: found[name] for name in ("dice", "hd95_mm", "asd_mm", "miss")}
         return row
+
+    def _rank(self, image: torch.Tensor, probability: torch.Tensor) -> dict[str, float]:
+        return {
+            column: float(ranker.score(image, probability, self.predictor.probability)[0])
+            for column, ranker in zip(self.task.columns, self.rankers, strict=True)
+        }
+
+    def _probe(self, number: int) -> dict[str, float]:
+        """Scores and Dice of the mask of a synthetic image."""
+        assert self.task.probes
+        scans, config = self.task.probes.scans, self.task.probes.config.synthesis
+        scan = ray.get(scans[number % len(scans)])
+        spacing_mm = self.predictor.grid.spacing_mm
+        generator = random.generator(self.task.seed, "probe", number)
+        params = synthesis.sample_params(scan, config, spacing_mm=spacing_mm, generator=generator)
+        image, label = synthesis.synthesise(scan, params, spacing_mm=spacing_mm)
+        truth = label.numpy() > 0
+        if not truth.any():
+            return {}  # all of the structure is out of view
+        seen = (image.to(self.predictor.device).float() / 255)[None, None]
+        probability = self.predictor.probability(seen)
+        mask = clean(probability[0].argmax(0).to(torch.uint8).cpu().numpy())
+        return {"dice": metrics.dice(mask > 0, truth)} | self._rank(seen, probability)
 
 
 def _thumbnail(image: torch.Tensor) -> bytes:
