@@ -196,8 +196,15 @@ class ConfidenceRankerConfig(Base):
     views: ViewsConfig = Field(ViewsConfig(), description="views, and the number of passes with dropout too")
 
 
+class PosteriorRankerConfig(ViewsConfig):
+    """Soft Dice between a mask and the network's mean probability over views."""
+
+    type: Literal["posterior"] = "posterior"
+
+
 SingleRankerConfig = Annotated[
-    AutoencoderRankerConfig | ConsistencyRankerConfig | ConfidenceRankerConfig, Field(discriminator="type")
+    AutoencoderRankerConfig | ConsistencyRankerConfig | ConfidenceRankerConfig | PosteriorRankerConfig,
+    Field(discriminator="type"),
 ]
 
 
@@ -231,6 +238,7 @@ RankerConfig = Annotated[
     AutoencoderRankerConfig
     | ConsistencyRankerConfig
     | ConfidenceRankerConfig
+    | PosteriorRankerConfig
     | FusedRankerConfig
     | RandomRankerConfig
     | OracleRankerConfig,

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,13 +88,18 @@ class ScoreTask:
     @property
     def columns(self) -> list[str]:
         """Where each single ranker's score stands."""
-        parts = single_rankers(self.ranker)
-        if not isinstance(self.ranker, FusedRankerConfig):
-            return ["score"] * len(parts)
-        before = [sum(other.type == part.type for other in parts[:place]) for place, part in enumerate(parts)]
-        return [
-            f"score_{part.type}" + (f"_{count + 1}" if count else "") for part, count in zip(parts, before, strict=True)
-        ]
+        return columns_of(self.ranker)
+
+
+def columns_of(ranker: RankerConfig | None, /) -> list[str]:
+    """Where the score of each of a ranker's single ones stands in a table."""
+    parts = single_rankers(ranker)
+    if not isinstance(ranker, FusedRankerConfig):
+        return ["score"] * len(parts)
+    before = [sum(other.type == part.type for other in parts[:place]) for place, part in enumerate(parts)]
+    return [
+        f"score_{part.type}" + (f"_{count + 1}" if count else "") for part, count in zip(parts, before, strict=True)
+    ]
 
 
 def score(cohort: Cohort, task: ScoreTask, /, *, compute: ComputeConfig) -> tuple[pa.Table, Expectation | None]:
@@ -111,53 +117,67 @@ def score(cohort: Cohort, task: ScoreTask, /, *, compute: ComputeConfig) -> tupl
     ]
     probes = task.probes.config.images if task.probes and task.columns else 0
     rows += [{"key": "", "image": "", "label": "", "probe": number} for number in range(probes)]
+    table, probed = over(rows, Scorer, task, compute=compute, schema=SCHEMA)
+    table, expectation = ranked(table, task), None
+    if task.probes and probes:
+        expectation = expectation_of(probed, task.ranker)
+        table = with_expected(table, expectation, task.columns, bad=task.probes.config.bad)
+    return table, expectation
+
+
+def over(
+    rows: Sequence[Mapping[str, Any]], worker: type, task: Any, /, *, compute: ComputeConfig, schema: pa.Schema
+) -> tuple[pa.Table, pa.Table]:
+    """Call workers, made of task, device and compute, with each row; those of scans by key, and those of probes.
+
+    Parameters
+    ----------
+    rows : with the number of a `probe`, or -1 for a scan
+    schema : of what the workers return, beside a score for each of the task's `columns`
+    """
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # it warns that its progress bars are off
     ray.data.DataContext.get_current().enable_progress_bars = False
     actors = min(compute.score_actors, len(rows))
-    dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), 4 * actors)).map_batches(
-        Scorer,
+    dataset = ray.data.from_items(list(rows), override_num_blocks=min(len(rows), 4 * actors)).map_batches(
+        worker,
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=actors),
         num_cpus=1,
         num_gpus=compute.score_gpus or None,
         fn_constructor_kwargs={"task": task, "device": "cuda" if compute.score_gpus else "cpu", "compute": compute},
     )
-    schema = pa.schema([*SCHEMA, *(pa.field(name, pa.float64()) for name in task.columns if name not in SCHEMA.names)])
+    scores = [pa.field(name, pa.float64()) for name in task.columns if name not in schema.names]
     found = sorted(dataset.take_all(), key=lambda row: (row["key"], row["probe"]))
     table, probed = (
-        pa.Table.from_pylist([row for row in found if (row["probe"] < 0) == real], schema=schema)
-        for real in (True, False)
+        pa.Table.from_pylist([row for row in found if (row["probe"] < 0) == scan], pa.schema([*schema, *scores]))
+        for scan in (True, False)
     )
-    table, expectation = _ranked(table, task), None
-    if task.probes and probes:
-        expectation = _expectation(probed, task)
-        table = _expected(table, task, expectation)
     failed = [error for error in table["error"].to_pylist() if error]
     if failed:
         log.warning("%d of %d scans failed, for example: %s", len(failed), len(table), failed[0])
-    return table, expectation
+    return table, probed
 
 
-def _expectation(probed: pa.Table, task: ScoreTask) -> Expectation:
-    """What the scores of probes speak for."""
-    weights = task.ranker.weights if isinstance(task.ranker, FusedRankerConfig) else None
+def expectation_of(probed: pa.Table, ranker: RankerConfig | None, /) -> Expectation:
+    """What the scores of probes, whose Dice is known, speak for."""
+    weights = ranker.weights if isinstance(ranker, FusedRankerConfig) else None
     known = probed.filter(pc.is_finite(pc.fill_null(probed["dice"], float("nan"))))
-    return fit(np.array([known[name].to_numpy() for name in task.columns]), known["dice"].to_numpy(), weights)
+    return fit(np.array([known[name].to_numpy() for name in columns_of(ranker)]), known["dice"].to_numpy(), weights)
 
 
-def _expected(table: pa.Table, task: ScoreTask, expectation: Expectation) -> pa.Table:
-    """The table with the Dice to expect, and a flag where it is low or the mask empty."""
-    assert task.probes
-    expected = expectation(np.array([table[name].to_numpy() for name in task.columns]))
-    empty = pc.equal(table["volume_mm3"], 0)
-    low = pc.less(pa.array(expected[0], from_pandas=True), task.probes.config.bad)
+def with_expected(table: pa.Table, expectation: Expectation, columns: Sequence[str], /, *, bad: float) -> pa.Table:
+    """The table with the Dice to expect, and a flag where it is lower than `bad` or the mask empty."""
+    expected = expectation(np.array([table[name].to_numpy() for name in columns]))
+    low = pc.less(pa.array(expected[0], from_pandas=True), bad)
     for name, values in zip(EXPECTED, expected, strict=True):
         table = table.set_column(table.column_names.index(name), name, pa.array(values, from_pandas=True))
-    return table.set_column(table.column_names.index("flag"), "flag", pc.or_kleene(low, empty))
+    return table.set_column(
+        table.column_names.index("flag"), "flag", pc.or_kleene(low, pc.equal(table["volume_mm3"], 0))
+    )
 
 
-def _ranked(table: pa.Table, task: ScoreTask) -> pa.Table:
-    """The score, where it takes the whole cohort or no look at a scan."""
+def ranked(table: pa.Table, task: Any, /) -> pa.Table:
+    """The score, where it takes the whole cohort or no look at a scan, by the ranker and seed of a task."""
     if isinstance(task.ranker, FusedRankerConfig):
         scores = fuse(np.array([table[name].to_numpy() for name in task.columns]), task.ranker.weights)
     elif isinstance(task.ranker, RandomRankerConfig):

@@ -8,13 +8,22 @@ from onelabel.configs.schema import (
     AutoencoderNetworkConfig,
     ConfidenceRankerConfig,
     ConsistencyRankerConfig,
+    PosteriorRankerConfig,
     UNetConfig,
     ViewsConfig,
 )
 from onelabel.models import networks
 from onelabel.models.learners import LEARNERS, Progress, Samples
 from onelabel.models.networks.autoencoder import Autoencoder
-from onelabel.models.rankers import AutoencoderRanker, ConfidenceRanker, ConsistencyRanker, Ranker, build, fuse
+from onelabel.models.rankers import (
+    AutoencoderRanker,
+    ConfidenceRanker,
+    ConsistencyRanker,
+    PosteriorRanker,
+    Ranker,
+    build,
+    fuse,
+)
 from onelabel.models.rankers.base import agreement
 from onelabel.models.rankers.views import View, back, look, sample_views
 
@@ -242,3 +251,41 @@ def test_equal_scores_share_their_rank_and_what_failed_has_none() -> None:
     assert np.isnan(fused[1]) and fused[[0, 2]].tolist() == [0, 1]
     assert np.isnan(fuse(np.array([[np.nan]]))).all()
     assert fuse(np.array([[0.3]])).tolist() == [0]
+
+
+STILL = PosteriorRankerConfig(contrast=0, flip_axes=(), rotate_deg=0, passes=1)
+
+
+def judged(image: Tensor, mask: Tensor, config: PosteriorRankerConfig = STILL) -> float:
+    """Posterior of a mask, whoever made it, on an image of which the network believes the brightness."""
+    label = mask.unsqueeze(0)
+    given = torch.stack([label == 0, label == 1], dim=1).float()
+    return float(PosteriorRanker(config).score(image[None, None], given, same)[0])
+
+
+def test_the_posterior_is_the_dice_to_expect() -> None:
+    ball = mask_of()
+    assert judged(ball * 0.8, ball) == pytest.approx(2 * 0.8 / 1.8)
+    assert judged(ball.float(), ball) == 1
+    assert judged(ball.float(), mask_of(radius=0)) == 0
+    # What a fair coin decides, voxel by voxel, has that Dice in the mean.
+    rng = torch.Generator().manual_seed(0)
+    drawn = [(torch.rand(SIZE, generator=rng) < ball * 0.8).to(torch.int8) for _ in range(50)]
+    mean = np.mean([float(agreement(ball, one)) for one in drawn])
+    assert judged(ball * 0.8, ball) == pytest.approx(mean, abs=0.005)
+
+
+def test_the_posterior_sees_what_is_wrong_with_a_mask_of_another_tool() -> None:
+    image = mask_of() * 0.9
+    wrong = [mask_of(shift=2), mask_of(shift=4), mask_of(shift=8)]
+    scores = [judged(image, mask) for mask in (mask_of(), *wrong)]
+    assert scores == sorted(scores, reverse=True) and scores[-1] < 0.7
+    assert max(judged(image, mask_of(radius=6)), judged(image, mask_of(radius=12))) < scores[0]
+
+
+def test_the_posterior_averages_over_views() -> None:
+    # Half of the structure is so faint that some contrasts lose it.
+    image = mask_of() * 0.9
+    image[:, :, 10:] *= 0.1
+    config = PosteriorRankerConfig(contrast=0.3, flip_axes=(0,), rotate_deg=10, passes=6)
+    assert 0 < judged(image, mask_of(), config) < judged(mask_of() * 0.9, mask_of(), config) <= 1
