@@ -165,12 +165,25 @@ def status(folder: Annotated[Path, typer.Argument(help="Folder of a run.")]) -> 
     _show_rounds(read(folder))
 
 
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    out: Annotated[Path | None, typer.Option(help="HTML file; report.html in the folder when not given.")] = None,
+) -> None:
+    """Write a page with the figures, plots and masks of a run."""
+    from onelabel.orchestrator import page
+
+    typer.echo(page.write(folder, out))
+
+
 def _finish(outcome: "Outcome") -> None:
     """What a run came to, and the exit code."""
     from onelabel.orchestrator.status import read
 
     _show_rounds(read(outcome.folder))
     typer.echo(f"folder: {outcome.folder}")
+    if outcome.report.is_file():
+        typer.echo(f"report: {outcome.report}")
     typer.echo(f"losses and measures: {outcome.mlflow_command}")
     if outcome.failures:
         typer.echo(f"{outcome.failures} scans failed: their rows in scores.parquet say why", err=True)
@@ -178,16 +191,9 @@ def _finish(outcome: "Outcome") -> None:
 
 
 def _show_rounds(rounds: "Sequence[RoundStatus]") -> None:
-    figures = {"selected\nscore": ("selection", "score_mean")} | {
-        f"{cohort}\n{part} Dice": (cohort, measure)
-        for cohort in ("test", "unlabelled")
-        for part, measure in (("mean", "dice_mean"), ("worst", "dice_min"))
-    }
-    rows = [
-        (now.name, now.stage, now.steps, now.state, *(now.figure(*place) for place in figures.values()))
-        for now in rounds
-    ]
-    _show("Rounds", ("round", "stage", "steps", "state", *figures), rows)
+    from onelabel.orchestrator.status import COLUMNS
+
+    _show("Rounds", COLUMNS, [now.cells() for now in rounds])
 
 
 def _show_agreement(summary: Sequence[Mapping[str, Any]]) -> None:

@@ -1,5 +1,6 @@
 """The loop: for each round train, score, select, record. It knows no strategy by name."""
 
+import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,8 @@ from ray.util.queue import Queue
 
 from onelabel.cluster import resources, runtime
 from onelabel.configs.schema import RunConfig
+from onelabel.errors import SCAN_FAULTS, sentence
+from onelabel.orchestrator import page
 from onelabel.orchestrator.console import stage
 from onelabel.orchestrator.rounds import Round, plan
 from onelabel.orchestrator.select import select
@@ -17,6 +20,11 @@ from onelabel.orchestrator.setup import needs, open_cohorts, open_folder
 from onelabel.orchestrator.summary import summarise
 from onelabel.orchestrator.tracking import Tracker, preload
 from onelabel.orchestrator.work import Work
+
+log = logging.getLogger(__name__)
+
+# What may go wrong with a page, up to a mistake of ours, when there is a run that must not be lost.
+_PAGE_FAULTS = (*SCAN_FAULTS, ArithmeticError, AttributeError, ImportError, LookupError, TypeError)
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,11 @@ class Outcome:
     rounds: list[dict[str, Any]]
     mlflow_command: str
 
+    @property
+    def report(self) -> Path:
+        """The page about the run, where it could be written."""
+        return self.folder / page.NAME
+
 
 def run(config: RunConfig, /) -> Outcome:
     """Run all stages, or what is left of them when the folder holds an unfinished run of the same settings.
@@ -42,6 +55,7 @@ def run(config: RunConfig, /) -> Outcome:
     """
     cohorts, folder = open_cohorts(config), open_folder(config)
     rounds = plan(config, folder)
+    news = not all(now.done for now in rounds)
     preload()
     with runtime.connect(config.compute) as joined, Tracker(config, folder) as tracker:
         demands = resources.of_stage(config.compute, **needs(config, cohorts))
@@ -53,8 +67,19 @@ def run(config: RunConfig, /) -> Outcome:
                 _run_round(work, now, previous, selection)
             previous, selection = now, now.table("selection") if now.stage.ranker else selection
         command = tracker.command()
+    if news or not (folder / page.NAME).is_file():
+        _report(folder)
     recorded = [now.metrics() for now in rounds]
     return Outcome(folder, recorded[-1]["failures"], recorded, command)
+
+
+def _report(folder: Path) -> None:
+    """Write the report; a run without one is a run all the same."""
+    log.info("writing the report")
+    try:
+        page.write(folder)
+    except _PAGE_FAULTS as error:
+        log.warning("there is no report (%s); try `onelabel report %s`", sentence(error), folder)
 
 
 def _run_round(work: Work, now: Round, previous: Round | None, selection: pa.Table | None) -> None:

@@ -1,9 +1,11 @@
 """What the network will see: samples of a configuration's first stage beside real scans, on one sheet and as files."""
 
 import logging
+import tempfile
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,12 +13,14 @@ from numpy.typing import NDArray
 from onelabel.configs.schema import RunConfig
 from onelabel.errors import SCAN_FAULTS, sentence
 from onelabel.imaging import volume
+from onelabel.imaging.labels import BinnedScan
 from onelabel.imaging.prepare import image_on_grid, scan_on_grid
 from onelabel.imaging.random import derive
 from onelabel.imaging.volume import Grid, Volume
 from onelabel.orchestrator import report
 from onelabel.orchestrator.setup import Cohorts, open_cohorts
 from onelabel.tasks import streams
+from onelabel.tasks.cohort import Cohort, open_cohort
 
 log = logging.getLogger(__name__)
 
@@ -47,12 +51,45 @@ def preview(config: RunConfig, out: Path, /, *, count: int = 24) -> Path:
     ]
     drawn = [
         _write(out, f"sample-{index:02d}", f"sample {index}", image, label, config)
-        for index, (image, label) in enumerate(_samples(config, cohorts, count))
+        for index, (image, label) in enumerate(_samples(config, _scans(config, cohorts), count))
     ]
     headings = {0: "real", len(real): "synthetic"}
     title = f"{config.name}: {config.stages[0].name}"
     report.contact_sheet(real + drawn, out / SHEET, title=title, columns=COLUMNS, headings=headings)
     return out / SHEET
+
+
+def material(config: RunConfig, /, *, count: int) -> list[report.Picture]:
+    """Draw what the first stage learns from: the first labelled scan, its bins (fewest and most), and samples of it.
+
+    Raises
+    ------
+    DataError : a labelled scan that cannot be found or used; the unlabelled ones are not looked at.
+    """
+    source = config.data.labelled
+    found = open_cohort(source.path, where=source.where, label_column=source.label_column, require_labels=True)
+    cohorts = Cohorts(Cohort(found.table.slice(0, 1)), None, None)
+    scans = _scans(config, cohorts)
+    pictures = []
+    with tempfile.TemporaryDirectory() as folder:
+
+        def draw(name: str, key: str, alt: str, image: NDArray[Any], label: NDArray[np.int8] | None) -> None:
+            row = _write(Path(folder), name, key, image, label, config)
+            pictures.append(report.Picture(f"{name}.png", alt, report.tile(row), key))
+
+        for key, image, label in _real(config, cohorts):
+            draw(
+                "labelled", f"labelled: {key}", f"The labelled scan {key}, with the outline of its mask.", image, label
+            )
+        bins = config.synthesis.bins
+        for words, counts in zip(("fewest", "most"), zip(bins.background, bins.foreground, strict=True), strict=True):
+            alt = f"The labelled scan in {counts[1]} bins inside the structure and {counts[0]} outside."
+            data = report.bins(scans[0], counts, spacing_mm=config.grid.spacing_mm)
+            pictures.append(report.Picture(f"bins-{words}.png", alt, data, f"{words} bins"))
+        for index, sample in enumerate(_samples(config, scans, count)):
+            alt = f"Training sample {index} of the first stage, with the outline of its label."
+            draw(f"sample-{index:02d}", f"sample {index}", alt, *sample)
+    return pictures
 
 
 def _real(config: RunConfig, cohorts: Cohorts) -> Iterator[tuple[str, NDArray[np.float32], NDArray[np.int8] | None]]:
@@ -70,13 +107,19 @@ def _real(config: RunConfig, cohorts: Cohorts) -> Iterator[tuple[str, NDArray[np
             log.warning("'%s' is not shown: %s", row["key"], sentence(error))
 
 
-def _samples(config: RunConfig, cohorts: Cohorts, count: int) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int8]]]:
-    """Samples of the first stage's first stream."""
+def _scans(config: RunConfig, cohorts: Cohorts) -> list[BinnedScan]:
+    """The labelled scans as samples are drawn from them."""
     grid = Grid(config.grid.spacing_mm, config.grid.size)
-    scans = [
+    return [
         scan_on_grid(row["image"], row["label"], grid, bins=config.synthesis.bins, seed=config.seed)
         for row in cohorts.labelled.rows()
     ]
+
+
+def _samples(
+    config: RunConfig, scans: list[BinnedScan], count: int
+) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int8]]]:
+    """Samples of the first stage's first stream."""
     ((name, parts), *_) = config.stages[0].streams.items()
     seed = derive(derive(config.seed, 0), name)
     stream = streams.build(parts, config, scans={"labelled": (scans, [1.0] * len(scans))}, seed=seed)

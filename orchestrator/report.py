@@ -1,12 +1,14 @@
-"""Pictures of masks, to be judged at a glance."""
+"""Pictures of masks and bins, to be judged at a glance."""
 
+import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -14,6 +16,7 @@ from numpy.typing import NDArray
 
 from onelabel.errors import DataError
 from onelabel.imaging import volume
+from onelabel.imaging.labels import AIR, BinnedScan, label_map
 
 Row = Mapping[str, Any]  # key, image, mask; label, score, dice and error where there are such
 
@@ -22,14 +25,33 @@ MASK, TRUTH = "#ffb000", "#33ccff"
 TILE_INCHES = 3.4
 TITLE_INCHES = 0.6
 DPI = 150
+TILE_DPI = 110  # of a tile by itself, of which a page holds many
 MARGIN_MM = 25  # shown around the mask: enough to see the skull
 GAP_MM = 4  # between the views of a tile
 KEY_LENGTH = 24  # characters
 
 
+Words = tuple[str, str, int, str]  # text, colour, size in points, weight
+
+
+@dataclass(frozen=True)
+class Picture:
+    """The content of an SVG or PNG file, its name, in words what it shows, and what may stand below it."""
+
+    name: str
+    alt: str
+    data: bytes
+    caption: str = ""
+
+    @property
+    def plot(self) -> bool:
+        """Whether it is an SVG."""
+        return self.name.endswith(".svg")
+
+
 @dataclass(frozen=True)
 class _View:
-    """A slice: the first axis runs to the right of the picture, the second up."""
+    """A slice, gray or RGB: the first axis runs to the right of the picture, the second up."""
 
     image: NDArray[Any]
     outlines: dict[str, NDArray[Any]]  # colour -> mask
@@ -79,6 +101,44 @@ def best_and_worst(rows: Sequence[Row], out: Path, /, *, k: int = 4, title: str)
     _draw(best + worst, out, title=title, columns=k, headings=headings)
 
 
+def tile(row: Row, /) -> bytes:
+    """A PNG of one scan, as in `contact_sheet`.
+
+    Raises
+    ------
+    DataError
+        The image or the mask cannot be read.
+    """
+    return _png(_views(row), _words(row))
+
+
+def bins(scan: BinnedScan, counts: tuple[int, int], /, *, spacing_mm: tuple[float, float, float]) -> bytes:
+    """A PNG of a scan's intensity bins, from dark to bright: blue outside the structure, orange inside, air black.
+
+    Parameters
+    ----------
+    scan : on the network's grid
+    counts : bins outside, bins inside
+    spacing_mm : of the grid
+    """
+    outside, inside = counts
+    colours = np.zeros((1 + outside + inside, 3))
+    colours[AIR + 1 : outside + 1] = colormaps["Blues_r"](np.linspace(0.1, 0.9, outside))[:, :3]
+    colours[outside + 1 :] = colormaps["Oranges_r"](np.linspace(0.1, 0.9, inside))[:, :3]
+    views = _cut(colours[label_map(scan, counts)], {MASK: scan.target > 0}, np.array(spacing_mm))
+    words = [(f"{inside} bins inside", MASK, 12, "bold"), (f"{outside} bins outside", TRUTH, 12, "bold")]
+    return _png([replace(view, outlines={}) for view in views], words)
+
+
+def _png(views: Sequence[_View], words: Sequence[Words]) -> bytes:
+    """A tile by itself."""
+    figure = Figure(figsize=(TILE_INCHES, TILE_INCHES), facecolor=BACKGROUND)
+    _draw_planes(figure.add_axes((0, 0, 1, 1)), views, words)
+    content = io.BytesIO()
+    figure.savefig(content, dpi=TILE_DPI, facecolor=BACKGROUND)
+    return content.getvalue()
+
+
 def _has_mask(row: Row) -> bool:
     return bool(row.get("mask")) and not row.get("error")
 
@@ -119,8 +179,23 @@ def _draw(rows: Sequence[Row], out: Path, *, title: str, columns: int, headings:
 
 
 def _draw_tile(axes: Axes, row: Row, heading: str | None) -> None:
+    """Draw a scan, with a heading above its words."""
+    _draw_planes(axes, _views(row), [*([(heading, TEXT, 12, "bold")] if heading else []), *_words(row)])
+
+
+def _words(row: Row) -> list[Words]:
+    """The key of a scan and its figures."""
+    figures = [
+        (f"{name} {row[name.lower()]:.3f}", colour, 13, "bold")
+        for name, colour in (("score", MASK), ("Dice", TRUTH))
+        if _finite(row.get(name.lower()))
+    ]
+    return [(_short(row["key"]), FAINT, 9, "normal"), *figures]
+
+
+def _draw_planes(axes: Axes, views: Sequence[_View], words: Sequence[Words]) -> None:
     """Draw coronal (top left), sagittal (top right), axial (bottom left); words fill the fourth place."""
-    coronal, sagittal, axial = _views(row)
+    coronal, sagittal, axial = views
     right, low = coronal.size_mm[0] + GAP_MM, -axial.size_mm[1] - GAP_MM
     for view, corner in ((coronal, (0.0, 0.0)), (sagittal, (right, 0.0)), (axial, (0.0, low))):
         _draw_view(axes, view, corner)
@@ -132,17 +207,10 @@ def _draw_tile(axes: Axes, row: Row, heading: str | None) -> None:
     for x, y in ((3.0, 3.0), (3.0, low + 3.0)):
         axes.text(x, y, "L", color=FAINT, fontsize=9)
 
-    words = [(heading, TEXT, 12, "bold")] if heading else []
-    words += [(_short(row["key"]), FAINT, 9, "normal")]
-    words += [
-        (f"{name} {row[name.lower()]:.3f}", colour, 13, "bold")
-        for name, colour in (("score", MASK), ("Dice", TRUTH))
-        if _finite(row.get(name.lower()))
-    ]
     for line, (text, colour, size, weight) in enumerate(words):
         below = (0, -6 - 20 * line)
         place = (right + 2, -GAP_MM)
-        style: dict[str, Any] = {"color": colour, "fontsize": size, "weight": weight, "va": "top"}
+        style: dict[str, Any] = {"color": colour, "fontsize": size, "weight": weight, "va": "top", "parse_math": False}
         axes.annotate(text, place, below, textcoords="offset points", **style)
 
 
@@ -150,7 +218,7 @@ def _draw_view(axes: Axes, view: _View, corner: tuple[float, float]) -> None:
     """Draw a slice and its outlines, its lower left corner at a place in mm."""
     (x, y), (width, height) = corner, view.size_mm
     axes.imshow(
-        view.image.T,
+        view.image.swapaxes(0, 1),
         cmap="gray",
         vmin=0,
         vmax=1,
@@ -168,8 +236,8 @@ def _draw_view(axes: Axes, view: _View, corner: tuple[float, float]) -> None:
             axes.contour(xs, ys, padded, levels=[0.5], colors=[colour], linewidths=1.2 if colour == MASK else 1.8)
 
 
-def _views(row: Row) -> tuple[_View, _View, _View]:
-    """Coronal, sagittal and axial slice through the centre of the mask, cut to its surroundings."""
+def _views(row: Row) -> list[_View]:
+    """The slices of a scan with the outlines of its mask and its truth."""
     image = volume.reorient(volume.load(row["image"]))
     paths = {TRUTH: row.get("label"), MASK: row.get("mask")}  # the mask is drawn over the truth
     outlines = {
@@ -178,16 +246,22 @@ def _views(row: Row) -> tuple[_View, _View, _View]:
     for colour, mask in outlines.items():
         if mask.shape != image.shape:
             raise DataError(f"{paths[colour]} has shape {mask.shape}, its image {image.shape}: they must be equal.")
-    spacing = np.array(image.spacing_mm)
-    box, centre = _around(outlines.get(MASK, np.zeros(image.shape, bool)), spacing)
-    data = volume.scale(image.data)[box]
+    return _cut(volume.scale(image.data), outlines, np.array(image.spacing_mm))
+
+
+def _cut(data: NDArray[Any], outlines: dict[str, NDArray[Any]], spacing_mm: NDArray[np.float64]) -> list[_View]:
+    """Coronal, sagittal and axial slice through the centre of the mask, cut to its surroundings.
+
+    data : (*size) gray or (*size, 3) RGB, in [0, 1]; outlines : colour -> (*size) bool
+    """
+    box, centre = _around(outlines.get(MASK, np.zeros(data.shape[:3], bool)), spacing_mm)
     views = []
     for across in (1, 0, 2):
         place = centre[across]
         slices = {colour: np.take(mask[box], place, across) for colour, mask in outlines.items()}
-        right, up = np.delete(spacing, across).tolist()
-        views.append(_View(np.take(data, place, across), slices, (right, up)))
-    return views[0], views[1], views[2]
+        right, up = np.delete(spacing_mm, across).tolist()
+        views.append(_View(np.take(data[box], place, across), slices, (right, up)))
+    return views
 
 
 def _around(mask: NDArray[np.bool_], spacing_mm: NDArray[np.float64]) -> tuple[tuple[slice, ...], list[int]]:

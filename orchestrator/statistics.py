@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import stats
 
 _RESAMPLES = 9999
@@ -48,6 +49,32 @@ def compare(first: Sequence[float], second: Sequence[float], /) -> Comparison:
     p = stats.wilcoxon(differences, zero_method="zsplit").pvalue
     effect = float((ranks * np.sign(differences[differences != 0])).sum() / ranks.sum())
     return Comparison(len(differences), float(np.median(differences)), float(p), effect)
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """A correlation and its 95 % interval, NaN where there are fewer than four pairs."""
+
+    value: float
+    low: float
+    high: float
+
+
+def correlation(first: ArrayLike, second: ArrayLike, /, *, ranks: bool = False) -> Correlation:
+    """Pearson's correlation of two sequences, (n,) each, or with `ranks` Spearman's; neither may be constant.
+
+    The interval is by Fisher's transformation, that of ranks with the variance of Bonett and Wright
+    (doi 10.1007/BF02294183).
+    """
+    x, y = (stats.rankdata(values) if ranks else np.asarray(values, float) for values in (first, second))
+    value = float(np.clip(np.corrcoef(x, y)[0, 1], -1, 1))
+    if len(x) < 4:
+        return Correlation(value, float("nan"), float("nan"))
+    if abs(value) == 1:
+        return Correlation(value, value, value)
+    half = stats.norm.ppf(0.975) * np.sqrt((1 + (value**2 / 2 if ranks else 0)) / (len(x) - 3))
+    low, high = np.tanh(np.arctanh(value) + np.array([-half, half]))
+    return Correlation(value, float(low), float(high))
 
 
 def holm(p: Sequence[float], /) -> list[float]:

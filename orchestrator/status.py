@@ -7,10 +7,18 @@ from typing import Any, Literal
 import yaml
 
 from onelabel.configs.load import parse
+from onelabel.configs.schema import RunConfig
 from onelabel.errors import DataError
 from onelabel.orchestrator.rounds import plan
 
-_RECORD = "config.yaml"
+RECORD = "config.yaml"
+
+_FIGURES = {"selected\nscore": ("selection", "score_mean")} | {
+    f"{cohort}\n{part} Dice": (cohort, measure)
+    for cohort in ("test", "unlabelled")
+    for part, measure in (("mean", "dice_mean"), ("worst", "dice_min"))
+}
+COLUMNS = ("round", "stage", "steps", "state", *_FIGURES)
 
 
 @dataclass(frozen=True)
@@ -28,21 +36,29 @@ class RoundStatus:
         value = self.metrics.get(group, {}).get(name)
         return None if value is None else float(value)
 
+    def cells(self) -> tuple[str | int | float | None, ...]:
+        """A row of a table with the columns `COLUMNS`."""
+        return self.name, self.stage, self.steps, self.state, *(self.figure(*place) for place in _FIGURES.values())
 
-def read(folder: Path, /) -> list[RoundStatus]:
-    """All rounds of a run, those to come included.
+
+def settings(folder: Path, /) -> RunConfig:
+    """The settings that a run was started with.
 
     Raises
     ------
     DataError : the folder holds no run.
     ConfigError : the run's record does not fit this version.
     """
-    record = folder / _RECORD
+    record = folder / RECORD
     if not record.is_file():
-        raise DataError(f"'{folder}' is not the folder of a run: it holds no {_RECORD}")
-    config = parse(yaml.safe_load(record.read_text(encoding="utf-8")))
+        raise DataError(f"'{folder}' is not the folder of a run: it holds no {RECORD}")
+    return parse(yaml.safe_load(record.read_text(encoding="utf-8")))
+
+
+def read(folder: Path, /) -> list[RoundStatus]:
+    """All rounds of a run, those to come included; raises as `settings` does."""
     rounds = []
-    for now in plan(config, folder):
+    for now in plan(settings(folder), folder):
         state: Literal["done", "in progress", "planned"] = "in progress" if now.folder.is_dir() else "planned"
         if now.done:
             state = "done"

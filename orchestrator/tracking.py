@@ -13,7 +13,7 @@ import shlex
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -35,6 +35,10 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 MAX_PARAMS = 100  # a batch
 MAX_TAGS = 100  # a batch
 MAX_VALUE = 6000  # characters of a parameter
+
+_DATABASE = "mlflow.db"
+_RECORD = "mlflow.json"
+_SQLITE = "sqlite:///"
 
 # Usually MLflow tries for four minutes; before anything is computed the user had better know at once.
 IMPATIENCE = {
@@ -110,14 +114,13 @@ class Tracker(_Recorder):
 
     def __init__(self, config: RunConfig, folder: Path) -> None:
         folder = folder.resolve()
-        database = folder / "mlflow.db"
-        self.uri = config.tracking.uri or f"sqlite:///{database}"
-        self._record = folder / "mlflow.json"
+        self.uri = _uri(config, folder)
+        self._record = folder / _RECORD
         self._ids: dict[str, Any] = json.loads(self._record.read_text()) if self._record.is_file() else {}
         artifacts = None if config.tracking.uri else (folder / "mlartifacts").as_uri()
         with _reachable(self.uri), _environment(IMPATIENCE):
             if not config.tracking.uri:
-                _make_database(database)
+                _make_database(folder / _DATABASE)
             client = open_client(self.uri)
             self._experiment = _experiment(client, config.tracking.experiment, artifacts)
             run = _go_on(client, self._ids["run"]) if "run" in self._ids else None
@@ -151,6 +154,45 @@ class Tracker(_Recorder):
         os.replace(unfinished, self._record)
 
 
+class PastRun(_Recorder):
+    """The record of a run that began earlier, to be read and to get more artifacts; its status stays what it is.
+
+    copied : whether the folder is a copy, so that artifacts would go to the original
+
+    Raises
+    ------
+    ClusterError
+        There is no record, or MLflow cannot be reached; nothing is made in its place.
+    """
+
+    def __init__(self, config: RunConfig, folder: Path) -> None:
+        folder = folder.resolve()
+        self.uri, record = _uri(config, folder), folder / _RECORD
+        database = [Path(self.uri.removeprefix(_SQLITE).partition("?")[0])] if self.uri.startswith(_SQLITE) else []
+        for path in (record, *database):
+            if not path.is_file():
+                raise ClusterError(f"the run has no record in MLflow: '{path}' does not exist")
+        ids = json.loads(record.read_text())
+        self._rounds: dict[str, str] = ids["rounds"]
+        with _reachable(self.uri), _environment(IMPATIENCE):
+            super().__init__(open_client(self.uri), ids["run"])
+            place = self._client.get_run(self.run_id).info.artifact_uri
+        # The database holds the place of its artifacts, which is another one in a copy of the folder.
+        self.copied = not config.tracking.uri and not place.startswith(f"{folder.as_uri()}/")
+
+    def histories(self, names: Sequence[str], /) -> dict[str, dict[str, dict[int, float]]]:
+        """Metrics by round (or ranker), name and step; of a step that a resumed run repeated, the later value."""
+        with _reachable(self.uri), _environment(IMPATIENCE):
+            return {
+                name: {metric: self._history(run_id, metric) for metric in names}
+                for name, run_id in self._rounds.items()
+            }
+
+    def _history(self, run_id: str, metric: str) -> dict[int, float]:
+        found = sorted(self._client.get_metric_history(run_id, metric), key=lambda row: (row.step, row.timestamp))
+        return {row.step: row.value for row in found}
+
+
 def flatten(value: Any, key: str = "") -> dict[str, str]:
     """Dotted keys to values as text; a list of plain values, such as a size, stays one value.
 
@@ -177,6 +219,15 @@ def open_client(uri: str) -> "MlflowClient":
     return MlflowClient(tracking_uri=uri)
 
 
+def without_password(text: str, /) -> str:
+    """A text in which the URLs hold no credentials."""
+    return re.sub("//[^/@]*@", "//", text)
+
+
+def _uri(config: RunConfig, folder: Path) -> str:
+    return config.tracking.uri or f"{_SQLITE}{folder / _DATABASE}"
+
+
 def _make_database(path: Path) -> None:
     """Make an empty MLflow database: it appears under its name only when it is complete.
 
@@ -191,7 +242,7 @@ def _make_database(path: Path) -> None:
     unfinished.unlink(missing_ok=True)
     event.listen(Engine, "connect", _do_not_wait)
     try:
-        open_client(f"sqlite:///{unfinished}")
+        open_client(f"{_SQLITE}{unfinished}")
     finally:
         event.remove(Engine, "connect", _do_not_wait)
     os.replace(unfinished, path)
@@ -254,9 +305,9 @@ def _reachable(uri: str) -> Iterator[None]:
     try:
         yield
     except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
-        reason = _without_password(str(_cause(error)).strip().partition("\n")[0])
+        reason = without_password(str(_cause(error)).strip().partition("\n")[0])
         raise ClusterError(
-            f"MLflow at '{_without_password(uri)}' cannot be used ({reason}); start its server, mend tracking.uri, or"
+            f"MLflow at '{without_password(uri)}' cannot be used ({reason}); start its server, mend tracking.uri, or"
             " set tracking.uri=null to record in the folder of the run"
         ) from error
 
@@ -269,10 +320,6 @@ def _cause(error: BaseException) -> BaseException:
     return first if isinstance(first, OSError) else error
 
 
-def _without_password(text: str) -> str:
-    return re.sub("//[^/@]*@", "//", text)
-
-
 @contextmanager
 def _forgiven() -> Iterator[None]:
     from mlflow.exceptions import MlflowException
@@ -280,7 +327,7 @@ def _forgiven() -> Iterator[None]:
     try:
         yield
     except (MlflowException, OSError) as error:
-        log.warning("MLflow did not take a record: %s", _without_password(str(error)))
+        log.warning("MLflow did not take a record: %s", without_password(str(error)))
 
 
 @contextmanager

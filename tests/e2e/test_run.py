@@ -38,6 +38,7 @@ def assert_same_run(folder: Path, reference: Path) -> None:
 def test_run_leaves_every_round_complete(finished: Finished) -> None:
     folder, process = finished
     assert process.returncode == 1, process.stderr[-3000:]  # one scan is broken
+    assert "2 of 2" in (folder / "report.html").read_text(encoding="utf-8")
     for number in ("round-00", "round-01"):
         scores = pq.read_table(folder / number / "scores.parquet").to_pylist()
         assert {row["key"] for row in scores} == {"broken", *(f"head{i}" for i in range(1, 6))}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from onelabel import __version__
-from onelabel.configs.load import dump
+from onelabel.configs.load import dump, load
 from onelabel.configs.schema import RunConfig, UNetConfig
 from onelabel.models import checkpoint, networks
 from onelabel.orchestrator import cli
@@ -59,7 +59,7 @@ def write_image(path: Path, *, labels: bool = False) -> Path:
 def test_help_loads_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for name in ("run", "demo", "strip", "evaluate", "status"):
+    for name in ("run", "demo", "strip", "evaluate", "status", "report"):
         assert name in done.stdout
 
 
@@ -74,6 +74,7 @@ def test_version(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
         (["run", "no-such-preset"], "no-such-preset"),
         (["run", "singlestrip", "data.labelled=x", "sede=1"], "nearest known key is 'seed'"),
         (["status", "nowhere"], "'nowhere' is not the folder of a run"),
+        (["report", "nowhere"], "'nowhere' is not the folder of a run"),
         (["strip", "nowhere", "--out", "out", "--checkpoint", "c"], "does not exist"),
         (["evaluate", "ours", "theirs", "--out", "table.txt"], "must end in .parquet or .csv"),
         (["evaluate", "ours", "theirs", "--out", "table.csv"], "holds no masks"),
@@ -128,6 +129,7 @@ def test_run_and_status_show_the_rounds(
         first, *_ = plan(config, tmp_path)
         first.folder.mkdir()
         first.commit({"selection": {"score_mean": 0.875}, "unlabelled": {"dice_mean": 0.91, "dice_min": 0.5}})
+        (tmp_path / "report.html").touch()
         return Outcome(tmp_path, failures, [first.metrics()], "mlflow ui --backend-store-uri sqlite:///x.db")
 
     monkeypatch.setattr("onelabel.orchestrator.driver.run", train)
@@ -135,6 +137,7 @@ def test_run_and_status_show_the_rounds(
     said = capsys.readouterr()
     assert "mlflow ui --backend-store-uri sqlite:///x.db" in said.out
     assert str(tmp_path) in said.out.replace("\n", "")
+    assert f"report: {tmp_path / 'report.html'}" in said.out
     assert ("3 scans failed" in said.err) == bool(failures)
     assert command("status", tmp_path) == 0
     for text in (said.out, capsys.readouterr().out):
@@ -176,3 +179,17 @@ def test_evaluate_says_whether_rows_have_errors(
     assert command("evaluate", ours, theirs, "--out", tmp_path / "t.parquet") == 1
     assert "whole numbers" in capsys.readouterr().err
     assert (tmp_path / "t.parquet").is_file()
+
+
+def test_report_says_where_the_page_is(command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = load(["singlestrip", f"data.labelled={tmp_path / 'none'}", f"data.unlabelled={tmp_path / 'none'}"])
+    dump(config, tmp_path / "config.yaml")
+    for options, place in (
+        ((), tmp_path / "report.html"),
+        (("--out", tmp_path / "b" / "x.html"), tmp_path / "b" / "x.html"),
+    ):
+        assert command("report", tmp_path, *options) == 0
+        assert capsys.readouterr().out == f"{place}\n"
+        assert "singlestrip" in place.read_text()
+    assert command("report", tmp_path, "--out", tmp_path) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from onelabel.configs.load import load
-from onelabel.orchestrator.preview import preview
+from onelabel.errors import DataError
+from onelabel.orchestrator.preview import material, preview
 
 SIZE = (24, 28, 20)
 
@@ -39,3 +40,16 @@ def test_samples_stand_below_real_scans(tmp_path: Path, caplog: pytest.LogCaptur
     first, second = (nib.load(sheet.parent / f"sample-0{i}_image.nii.gz").get_fdata() for i in range(2))
     assert not np.array_equal(first, second)
     assert sheet.stat().st_size > 10_000
+
+
+def test_material_needs_the_labelled_scan_alone(tmp_path: Path) -> None:
+    labelled = write(tmp_path / "head.nii.gz")
+    write(tmp_path / "head_mask.nii.gz", labels=True)
+    config = load(["singlestrip", "smoke", f"data.labelled={labelled}", f"data.unlabelled={tmp_path / 'nowhere'}"])
+    pictures = material(config, count=2)
+    names = ["labelled", "bins-fewest", "bins-most", "sample-00", "sample-01"]
+    assert [picture.name for picture in pictures] == [f"{name}.png" for name in names]
+    assert len({picture.data for picture in pictures}) == len(names)
+    labelled.unlink()
+    with pytest.raises(DataError):
+        material(config, count=2)

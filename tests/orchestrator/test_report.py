@@ -1,3 +1,4 @@
+import io
 from pathlib import Path
 from typing import Any
 
@@ -6,7 +7,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from onelabel.configs.augmentation import BinsConfig
 from onelabel.errors import DataError
+from onelabel.imaging.labels import bin_scan
 from onelabel.imaging.volume import Volume, save
 from onelabel.orchestrator import report
 
@@ -37,7 +40,7 @@ def scan(folder: Path, key: str, affine: NDArray[np.float64], radius: float = 0.
     return {"key": key, "image": str(image), "mask": str(mask), **more}
 
 
-def pixels(path: Path) -> NDArray[np.uint8]:
+def pixels(path: Path | io.BytesIO) -> NDArray[np.uint8]:
     from PIL import Image
 
     with Image.open(path) as picture:
@@ -148,3 +151,33 @@ def test_long_keys_are_cut_in_the_middle() -> None:
     assert report._short("sub-01") == "sub-01"
     short = report._short("a" * 30 + "b" * 30)
     assert len(short) <= report.KEY_LENGTH and short.startswith("aa") and short.endswith("bb")
+
+
+def test_a_tile_by_itself(tmp_path: Path) -> None:
+    row = scan(tmp_path, "one", AFFINES["oblique"], score=0.9)
+    picture = pixels(io.BytesIO(report.tile(row)))
+    edge = round(report.TILE_INCHES * report.TILE_DPI)
+    assert picture.shape == (edge, edge, 3)
+    assert count(picture, report.MASK) > 300 and count(picture, report.TRUTH) == 0
+    Path(row["mask"]).unlink()
+    with pytest.raises(DataError, match="does not exist"):
+        report.tile(row)
+
+
+def test_a_key_is_no_formula(tmp_path: Path) -> None:
+    assert report.tile(scan(tmp_path, "a", AFFINES["isotropic"]) | {"key": r"$\nonsense$"})
+
+
+def test_bins_inside_and_outside_differ_in_colour() -> None:
+    shape = (30, 36, 24)
+    image = np.clip(0.7 * ball(shape, 0.4) + np.random.default_rng(0).uniform(0, 0.3, shape), 0, 1)
+    target = ball(shape, 0.25).astype(np.int8)
+    config = BinsConfig(foreground=(2, 5), background=(3, 6))
+    binned = bin_scan(image.astype(np.float32), target, spacing_mm=(4.0, 4.0, 4.0), config=config)
+    shades = []
+    for counts in ((3, 2), (6, 5)):
+        picture = pixels(io.BytesIO(report.bins(binned, counts, spacing_mm=(4.0, 4.0, 4.0)))).astype(int)
+        red, blue = picture[..., 0] - picture[..., 2] > 40, picture[..., 2] - picture[..., 0] > 40
+        assert red.sum() > 1000 and blue.sum() > 1000
+        shades.append(len(np.unique(picture[red | blue].reshape(-1, 3), axis=0)))
+    assert shades[1] > shades[0]

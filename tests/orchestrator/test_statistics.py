@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
+from scipy import stats
 
-from onelabel.orchestrator.statistics import compare, holm, interval
+from onelabel.orchestrator.statistics import compare, correlation, holm, interval
 
 
 def test_intervals_cover_the_mean_as_often_as_they_say() -> None:
@@ -56,3 +57,26 @@ def test_holm_by_hand() -> None:
     assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
     assert holm([0.02]) == [0.02]
     assert holm([]) == []
+
+
+@pytest.mark.parametrize("ranks", [False, True])
+def test_correlations_are_scipys(ranks: bool) -> None:
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=60)
+    y = np.exp(x + rng.normal(size=60))
+    found = correlation(x, y, ranks=ranks)
+    theirs = stats.spearmanr(x, y) if ranks else stats.pearsonr(x, y)
+    assert found.value == pytest.approx(theirs.statistic)
+    if ranks:
+        # Bonett and Wright's variance is larger than that of normal variables.
+        plain = correlation(stats.rankdata(x), stats.rankdata(y))
+        assert found.low < plain.low < found.value < plain.high < found.high
+    else:
+        assert (found.low, found.high) == pytest.approx(tuple(theirs.confidence_interval(0.95)))
+
+
+def test_correlations_of_few_or_of_a_line() -> None:
+    assert np.isnan(correlation([1, 2, 3], [1, 3, 2]).low)
+    assert correlation([1, 2, 3], [1, 3, 2]).value == pytest.approx(0.5)
+    line = correlation([1, 2, 3, 4, 5], [2, 4, 6, 8, 11], ranks=True)
+    assert (line.value, line.low, line.high) == pytest.approx((1, 1, 1))

@@ -13,7 +13,7 @@ import pytest
 from onelabel.configs.load import parse
 from onelabel.configs.schema import RunConfig
 from onelabel.errors import ClusterError
-from onelabel.orchestrator.tracking import MAX_VALUE, Tracker, flatten, open_client
+from onelabel.orchestrator.tracking import MAX_VALUE, PastRun, Tracker, flatten, open_client, without_password
 
 
 def config(**settings: object) -> RunConfig:
@@ -183,3 +183,43 @@ def test_values_stay_within_the_limits(other: Path) -> None:
 def test_flatten() -> None:
     nested = {"a": {"b": [1, 2], "c": []}, "d": [{"e": None}, {"e": "x"}], "f": {}}
     assert flatten(nested) == {"a.b": "[1, 2]", "a.c": "[]", "d.0.e": "None", "d.1.e": "x", "f": "{}"}
+
+
+def test_a_past_run_is_read(folder: Path, client: Any, runs: dict[str, str]) -> None:
+    before = client.get_run(runs["trial"]).info.status
+    past = PastRun(config(), folder)
+    found = past.histories(["loss", "no such"])
+    assert found["round-01"] == {"loss": {1: 1.0, 2: 0.5}, "no such": {}}
+    past.artifact(folder / "picture.png", "later")
+    assert [file.path for file in client.list_artifacts(runs["trial"], "later")] == ["later/picture.png"]
+    assert client.get_run(runs["trial"]).info.status == before and not past.copied
+
+
+def test_of_a_step_that_was_repeated_the_later_value_counts(other: Path) -> None:
+    with Tracker(config(), other) as tracker, tracker.round("round-00") as track:
+        for value in (3.0, 2.0):
+            track.losses({"step": 5, "loss": value})
+            time.sleep(0.002)  # MLflow counts milliseconds
+    assert PastRun(config(), other).histories(["loss"]) == {"round-00": {"loss": {5: 2.0}}}
+
+
+def test_a_copy_is_known_as_one(folder: Path, tmp_path: Path) -> None:
+    for name in ("mlflow.db", "mlflow.json"):
+        shutil.copy(folder / name, tmp_path)
+    assert PastRun(config(), tmp_path).copied
+
+
+@pytest.mark.parametrize("left", [None, "mlflow.json", "mlflow.db"])
+def test_a_record_that_is_not_there_is_not_made(left: str | None, folder: Path, tmp_path: Path) -> None:
+    if left:
+        shutil.copy(folder / left, tmp_path)
+    with pytest.raises(ClusterError, match="has no record in MLflow"):
+        PastRun(config(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ([left] if left else [])
+
+
+def test_credentials_are_cut_out() -> None:
+    assert (
+        without_password("see http://user:pass@host/x and sqlite:////tmp/a.db")
+        == "see http://host/x and sqlite:////tmp/a.db"
+    )
