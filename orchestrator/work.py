@@ -13,7 +13,14 @@ import pyarrow as pa
 import ray
 from ray.util.queue import Queue
 
-from onelabel.configs.schema import AutoencoderRankerConfig, RankerConfig, RunConfig, StreamConfig, single_rankers
+from onelabel.configs.schema import (
+    AutoencoderRankerConfig,
+    ExpectConfig,
+    RankerConfig,
+    RunConfig,
+    StreamConfig,
+    single_rankers,
+)
 from onelabel.errors import DataError
 from onelabel.imaging.random import derive
 from onelabel.models import checkpoint
@@ -54,11 +61,8 @@ class Work:
         with ExitStack() as stack:
             if not now.checkpoint.is_dir():
                 jobs.append(self._learning(now, previous, selection, track))
-            parts = single_rankers(now.stage.ranker) if self.cohorts.unlabelled else ()
-            for place, part in enumerate(parts):
-                if isinstance(part, AutoencoderRankerConfig) and not self._fitted(part).is_dir():
-                    name = f"ranker {part.type}" + (f" {place + 1}" if place else "")
-                    jobs.append(self._ranking(name, part, stack.enter_context(self.tracker.round(name))))
+            if self.cohorts.unlabelled:
+                jobs += self._rankings(now.stage.ranker, stack)
             if jobs:
                 folder = now.folder / "training"
                 figures = fit(jobs, compute=self.config.compute, folder=folder, queue=self.queue)
@@ -67,18 +71,32 @@ class Work:
                     return now.training(figures[now.name])
         return now.training()
 
+    def fit_ranker(self, ranker: RankerConfig) -> tuple[Path | None, ...]:
+        """Fit a ranker's networks, if no earlier attempt has; their checkpoints, or None for what has no network."""
+        with ExitStack() as stack:
+            jobs = self._rankings(ranker, stack)
+            if jobs:
+                fit(jobs, compute=self.config.compute, folder=self.folder / "training", queue=self.queue)
+        return self.fitted(ranker)
+
+    def fitted(self, ranker: RankerConfig | None) -> tuple[Path | None, ...]:
+        """The checkpoints of a ranker's networks."""
+        parts = single_rankers(ranker)
+        return tuple(self._fitted(part) if isinstance(part, AutoencoderRankerConfig) else None for part in parts)
+
+    def probes(self, config: ExpectConfig) -> scoring.Probes:
+        """Synthetic images of the labelled scans."""
+        return scoring.Probes(tuple(self._scans("labelled", self.cohorts.labelled)[0]), config)
+
     def score(self, now: Round, name: str, cohort: Cohort, ranker: RankerConfig | None = None) -> pa.Table:
         """Masks and scores of a cohort, unless an earlier attempt wrote them."""
         found = now.table(name)
         if found is None:
-            parts = single_rankers(ranker)
-            fitted = tuple(self._fitted(part) if isinstance(part, AutoencoderRankerConfig) else None for part in parts)
             log.info("%s: %s of %d scans", now.name, name, len(cohort))
             out = now.folder / ("masks" if name == "scores" else f"{name}-masks")
-            probes = None
-            if parts and now.stage.expect.images:
-                probes = scoring.Probes(tuple(self._scans("labelled", self.cohorts.labelled)[0]), now.stage.expect)
-            task = scoring.ScoreTask(now.checkpoint, out, ranker, fitted, self.config.seed, probes)
+            expect = now.stage.expect
+            probes = self.probes(expect) if single_rankers(ranker) and expect.images else None
+            task = scoring.ScoreTask(now.checkpoint, out, ranker, self.fitted(ranker), self.config.seed, probes)
             with self._timed("scoring"):
                 found, expectation = scoring.score(cohort, task, compute=self.config.compute)
             if expectation:
@@ -116,6 +134,15 @@ class Work:
         meta = self._meta(network.model_dump(mode="json"), learner.type, seed)
         task = FitTask(now.name, learner, network, now.stage.steps, seed, meta, initial, now.number, now.stage.rounds)
         return self._job(task, now.stage.streams, scans, now.checkpoint, track)
+
+    def _rankings(self, ranker: RankerConfig | None, stack: ExitStack) -> list[Job]:
+        """What of a ranker is still to be fitted."""
+        jobs = []
+        for place, part in enumerate(single_rankers(ranker)):
+            if isinstance(part, AutoencoderRankerConfig) and not self._fitted(part).is_dir():
+                name = f"ranker {part.type}" + (f" {place + 1}" if place else "")
+                jobs.append(self._ranking(name, part, stack.enter_context(self.tracker.round(name))))
+        return jobs
 
     def _ranking(self, name: str, config: AutoencoderRankerConfig, track: RoundTracker) -> Job:
         """The ranker's network on the labelled masks."""

@@ -1,0 +1,117 @@
+"""Rank masks that any tool made: quality control from one labelled scan."""
+
+import csv
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+from ray.util.queue import Queue
+
+from onelabel.cluster import resources, runtime
+from onelabel.configs.load import load
+from onelabel.configs.schema import FusedRankerConfig, PosteriorRankerConfig, RankerConfig, RunConfig, SingleRankerConfig
+from onelabel.errors import ConfigError, DataError
+from onelabel.imaging.volume import Grid
+from onelabel.models import checkpoint
+from onelabel.orchestrator.evaluate import check_target, masks
+from onelabel.orchestrator.setup import Cohorts, needs, open_cohorts, open_folder
+from onelabel.orchestrator.tracking import Tracker, preload
+from onelabel.orchestrator.work import Work
+from onelabel.tasks import rank as judging
+from onelabel.tasks.cohort import SCHEMA, Cohort
+from onelabel.tasks.strip import write_table
+
+log = logging.getLogger(__name__)
+
+
+def rank(
+    source: str,
+    /,
+    *,
+    image: Path,
+    mask: Path,
+    out: Path,
+    images: str | None = None,
+    segmenter: Path | None = None,
+    settings: Sequence[str] = (),
+) -> pa.Table:
+    """Fit the ranker on the one true mask, judge all masks and write the table.
+
+    Parameters
+    ----------
+    source : masks: a folder, a glob, a manifest or one file
+    image, mask : the labelled scan
+    out : .parquet or .csv; what was fitted stays in a folder beside it, and the same command uses it again
+    images : scans of the masks, matched by key
+    segmenter : checkpoint, or folder of a run, against whose probabilities masks are held where scans are given
+    settings : YAML files, presets or key=value that change the preset `rank`
+
+    Returns
+    -------
+    One row a mask, the best first, as in `tasks.rank.SCHEMA`.
+
+    Raises
+    ------
+    OnelabelError : before anything is fitted, when the files, the settings or the cluster cannot do it.
+    """
+    check_target(out)
+    if (images is None) != (segmenter is None):
+        raise ConfigError("--images and --checkpoint belong together: a network looks at the scans of the masks")
+    judged = _cohort(masks(source), masks(images) if images else {})
+    config = _config(image, mask, out, segmenter, settings)
+    cohorts, folder = open_cohorts(config), open_folder(config)
+    cohorts = Cohorts(cohorts.labelled, judged, None)
+    ranker = _ranker(config, segmenter)
+    preload()
+    with runtime.connect(config.compute) as joined, Tracker(config, folder) as tracker:
+        demands = resources.of_stage(config.compute, **needs(config, cohorts))
+        resources.check(demands, wait_s=config.compute.wait_s if joined else 0)
+        work = Work(config, cohorts, folder, tracker, Queue(actor_options={"num_cpus": 0}))
+        grid = Grid(config.grid.spacing_mm, config.grid.size)
+        probes = work.probes(config.stages[0].expect)
+        task = judging.RankTask(segmenter, ranker, work.fit_ranker(ranker), grid, probes, config.seed)
+        log.info("judging %d masks", len(judged))
+        table = judging.rank(judged, task, compute=config.compute)
+    write_table(table, out)
+    return table
+
+
+def _cohort(found: Mapping[str, Path], scans: Mapping[str, Path]) -> Cohort:
+    """The masks as labels of their scans, or of themselves where no scan is known."""
+    missing = sorted(found.keys() - scans.keys()) if scans else []
+    if missing:
+        raise DataError(f"{len(missing)} masks have no scan, for example '{missing[0]}': name scans like their masks")
+    rows = [
+        {"key": key, "image": str(scans.get(key, path).absolute()), "label": str(path.absolute()), "kind": "given"}
+        | {"weight": 1.0}
+        for key, path in found.items()
+    ]
+    return Cohort(pa.Table.from_pylist(rows, schema=SCHEMA))
+
+
+def _config(image: Path, mask: Path, out: Path, segmenter: Path | None, settings: Sequence[str]) -> RunConfig:
+    """The settings, on the grid of the network if there is one."""
+    folder = out.parent / f"{out.stem}.rank"
+    manifest = folder / "labelled.csv"
+    own = [f"data.labelled={manifest}", f"data.unlabelled={image}", f"storage={out.parent}", f"name={folder.name}"]
+    if segmenter:
+        grid = checkpoint.load_segmenter(segmenter)[1].grid
+        own += [f"grid.spacing_mm={grid['spacing_mm']}", f"grid.size={grid['size']}"]
+    config = load(["rank", *settings, *own])
+    folder.mkdir(parents=True, exist_ok=True)
+    with manifest.open("w", newline="") as text:
+        csv.writer(text).writerows([("key", "image", "label"), ("labelled", image.absolute(), mask.absolute())])
+    return config
+
+
+def _ranker(config: RunConfig, segmenter: Path | None) -> RankerConfig:
+    """The preset's ranker, and with a network the agreement with its probabilities."""
+    ranker = config.stages[0].ranker
+    if ranker is None:
+        raise ConfigError("the settings name no ranker: leave stages.0.ranker as it is in the preset 'rank'")
+    if not segmenter:
+        return ranker
+    if not isinstance(ranker, SingleRankerConfig):
+        return ranker
+    return FusedRankerConfig(rankers=(PosteriorRankerConfig(), ranker), weights=(3.0, 1.0))
