@@ -128,6 +128,40 @@ def strip(
 
 
 @app.command()
+def rank(
+    masks: Annotated[str, typer.Argument(help="Masks of any tool: a folder, a glob, a manifest or one file.")],
+    image: Annotated[Path, typer.Option(help="The labelled scan.")],
+    mask: Annotated[Path, typer.Option(help="Its true mask.")],
+    out: Annotated[Path, typer.Option(help="Table to write, .parquet or .csv.")],
+    images: Annotated[str | None, typer.Option(help="Scans of the masks, named like them; needs --checkpoint.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="A checkpoint or run folder whose network looks at the scans.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="CONFIG|KEY=VALUE", help="Change the preset `rank`."),
+    ] = None,
+) -> None:
+    """Say which masks to trust: a score, an expected Dice and flags for each, learned from one labelled scan."""
+    from onelabel.orchestrator import rank as ranking
+
+    table = ranking.rank(
+        masks, image=image, mask=mask, out=out, images=images, segmenter=checkpoint, settings=settings or ()
+    )
+    rows = table.to_pylist()
+    errors = [row for row in rows if row["error"]]
+    columns = ("key", "score", "expected_dice", "expected_low", "expected_high", "flags")
+    worst = [row for row in rows if not row["error"]][-_NAMED_FAILURES:][::-1]
+    shown = [(*(row[name] for name in columns[:-1]), ", ".join(_flags(row))) for row in worst]
+    _show("The masks to look at first", ("mask", "score", "expected\nDice", "90 %\nfrom", "\nto", "flags"), shown)
+    for row in errors[:_NAMED_FAILURES]:
+        typer.echo(f"{row['key']}: {row['error']}", err=True)
+    flagged = sum(bool(row["flag"] or row["flags"]) for row in rows)
+    typer.echo(f"{len(rows)} masks, {flagged} flagged, {len(errors)} errors: {out}")
+    raise typer.Exit(bool(errors))
+
+
+@app.command()
 def evaluate(
     predictions: Annotated[str, typer.Argument(help="Masks: a folder, a glob, a manifest or one file.")],
     truth: Annotated[str, typer.Argument(help="True masks, given likewise.")],
@@ -174,6 +208,10 @@ def report(
     from onelabel.orchestrator import page
 
     typer.echo(page.write(folder, out))
+
+
+def _flags(row: Mapping[str, Any]) -> list[str]:
+    return (["low expected Dice"] if row["flag"] else []) + (row["flags"] or [])
 
 
 def _finish(outcome: "Outcome") -> None:

@@ -10,7 +10,14 @@ from ray.util.queue import Queue
 
 from onelabel.cluster import resources, runtime
 from onelabel.configs.load import load
-from onelabel.configs.schema import FusedRankerConfig, PosteriorRankerConfig, RankerConfig, RunConfig, SingleRankerConfig
+from onelabel.configs.schema import (
+    AutoencoderRankerConfig,
+    FusedRankerConfig,
+    PosteriorRankerConfig,
+    RankerConfig,
+    RunConfig,
+    single_rankers,
+)
 from onelabel.errors import ConfigError, DataError
 from onelabel.imaging.volume import Grid
 from onelabel.models import checkpoint
@@ -23,6 +30,8 @@ from onelabel.tasks.cohort import SCHEMA, Cohort
 from onelabel.tasks.strip import write_table
 
 log = logging.getLogger(__name__)
+
+_WEIGHTS = (3.0, 1.0)  # of what the network says and of what the mask looks like
 
 
 def rank(
@@ -106,12 +115,13 @@ def _config(image: Path, mask: Path, out: Path, segmenter: Path | None, settings
 
 
 def _ranker(config: RunConfig, segmenter: Path | None) -> RankerConfig:
-    """The preset's ranker, and with a network the agreement with its probabilities."""
+    """The preset's ranker; with a network a single one is joined by the agreement with its probabilities."""
     ranker = config.stages[0].ranker
-    if ranker is None:
-        raise ConfigError("the settings name no ranker: leave stages.0.ranker as it is in the preset 'rank'")
-    if not segmenter:
-        return ranker
-    if not isinstance(ranker, SingleRankerConfig):
-        return ranker
-    return FusedRankerConfig(rankers=(PosteriorRankerConfig(), ranker), weights=(3.0, 1.0))
+    parts = single_rankers(ranker)
+    if ranker is None or not parts:
+        raise ConfigError("masks are ranked by looking at them: leave stages.0.ranker as it is in the preset 'rank'")
+    if segmenter and len(parts) == 1:
+        return FusedRankerConfig(rankers=(PosteriorRankerConfig(), parts[0]), weights=_WEIGHTS)
+    if not segmenter and any(not isinstance(part, AutoencoderRankerConfig) for part in parts):
+        raise ConfigError(f"the ranker '{ranker.type}' looks at scans with a network: give --images and --checkpoint")
+    return ranker

@@ -37,6 +37,7 @@ SCHEMA = pa.schema(
         ("error", pa.string()),
     ]
 )
+_FAR_SD, _FAR_SHARE = 3.5, 0.2  # from the median volume: robust standard deviations, and at least this share of it
 _SMALL = 0.001  # components smaller than this share of the mask are not counted
 
 
@@ -81,7 +82,21 @@ def rank(cohort: Cohort, task: RankTask, /, *, compute: ComputeConfig) -> pa.Tab
     if task.probes.config.images:
         expectation = expectation_of(probed, task.ranker)
         table = with_expected(table, expectation, task.columns, bad=task.probes.config.bad)
+    table = table.set_column(table.column_names.index("flags"), "flags", pa.array(_with_outliers(table.to_pylist())))
     return table.drop_columns("dice").sort_by([("score", "descending"), ("key", "ascending")])
+
+
+def _with_outliers(rows: list[dict[str, Any]]) -> list[list[str] | None]:
+    """Each row's flags, and that its volume is far from the others'."""
+    volumes = np.array([row["volume_mm3"] for row in rows if row["volume_mm3"]])
+    middle = float(np.median(volumes)) if len(volumes) else 0.0
+    far = max(_FAR_SD * 1.4826 * float(np.median(np.abs(volumes - middle))), _FAR_SHARE * middle) if middle else 0.0
+    return [
+        (row["flags"] or []) + [f"volume unlike the others' {middle / 1e3:.0f} ml"]
+        if row["volume_mm3"] and abs(row["volume_mm3"] - middle) > far
+        else row["flags"]
+        for row in rows
+    ]
 
 
 class Judge:
@@ -110,7 +125,7 @@ class Judge:
     def _judge(self, image: str | None, path: str) -> dict[str, Any]:
         mask = volume.load(path, labels=True)
         found: dict[str, Any] = {"volume_mm3": metrics.volume_mm3(mask.data > 0, mask.spacing_mm)}
-        found |= _look(mask.data > 0)
+        found |= _look(mask.data)
         grid = self.task.grid
         on_grid = volume.conform_mask(Volume((mask.data > 0).astype(np.int32), mask.affine), grid).data > 0
         seen = np.zeros(grid.size, np.float32)
@@ -147,13 +162,19 @@ class Judge:
         return self.predictor.probability(image, dropout=dropout)
 
 
-def _look(mask: np.ndarray) -> dict[str, Any]:
-    """What can be said of a mask (*size) bool without any network."""
+def _look(labels: np.ndarray) -> dict[str, Any]:
+    """What can be said of labels (*size) int without any network."""
+    mask = labels > 0
     share = mask.mean()
     if share in (0, 1):
         return {"components": int(share), "flags": ["empty" if share == 0 else "full"]}
     sizes = cc3d.statistics(cc3d.connected_components(mask, connectivity=26))["voxel_counts"][1:]
-    count = int((sizes >= _SMALL * mask.sum()).sum())
-    edges = [mask.take(place, axis).any() for axis in range(3) for place in (0, -1)]
-    flags = {f"{count} components": count > 1, "touches the edge of the field of view": any(edges)}
+    count, classes = int((sizes >= _SMALL * mask.sum()).sum()), len(np.unique(labels[mask]))
+    flags = {
+        f"{count} components": count > 1,
+        f"{classes} classes taken together": classes > 1,
+        "touches the edge of the field of view": any(
+            mask.take(place, axis).any() for axis in range(3) for place in (0, -1)
+        ),
+    }
     return {"components": count, "flags": [flag for flag, so in flags.items() if so]}
