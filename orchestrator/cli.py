@@ -117,13 +117,15 @@ def strip(
     checkpoint: Annotated[Path, typer.Option(help="A checkpoint folder, or the folder of a run.")],
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where the network runs.")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all of them when not given.")] = None,
+    trust: Annotated[bool, typer.Option(help="Say what Dice to expect of each mask.")] = True,
 ) -> None:
-    """Write a mask for every scan, in the scan's own grid."""
+    """Write a mask for every scan, in the scan's own grid, and say how far to trust it."""
     from onelabel.tasks import strip as stripping
 
-    rows = stripping.strip(inputs, out=out, checkpoint=checkpoint, device=device, threads=threads)
+    rows = stripping.strip(inputs, out=out, checkpoint=checkpoint, device=device, threads=threads, trust=trust)
     failed = [row for row in rows if row["error"]]
-    typer.echo(f"{len(rows) - len(failed)} masks, {len(failed)} failed: {out / stripping.TABLE}")
+    flagged = sum(bool(row["flag"]) for row in rows)
+    typer.echo(f"{len(rows) - len(failed)} masks, {flagged} to look at, {len(failed)} failed: {out / stripping.TABLE}")
     raise typer.Exit(bool(failed))
 
 

@@ -23,7 +23,7 @@ from onelabel.configs.schema import (
 )
 from onelabel.errors import DataError
 from onelabel.imaging.random import derive
-from onelabel.models import checkpoint
+from onelabel.models import checkpoint, quality
 from onelabel.orchestrator import report
 from onelabel.orchestrator.console import bar
 from onelabel.orchestrator.rounds import Round, pseudo_labels
@@ -99,8 +99,8 @@ class Work:
             task = scoring.ScoreTask(now.checkpoint, out, ranker, self.fitted(ranker), self.config.seed, probes)
             with self._timed("scoring"):
                 found, expectation = scoring.score(cohort, task, compute=self.config.compute)
-            if expectation:
-                expectation.save(now.folder / "expectation.json")
+            if expectation and ranker:
+                quality.save(now.checkpoint, ranker, task.fitted, expectation, bad=expect.bad)
             now.write_table(name, found)
         return found
 

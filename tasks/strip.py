@@ -6,7 +6,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ import torch
 
 from onelabel.errors import SCAN_FAULTS, ClusterError, DataError, sentence
 from onelabel.imaging import metrics, volume
+from onelabel.models import quality
 from onelabel.models.predictor import Predictor
 from onelabel.tasks.cohort import IMAGE_ENDINGS, open_cohort
 
@@ -30,6 +31,10 @@ SCHEMA = pa.schema(
         ("image", pa.string()),
         ("mask", pa.string()),
         ("volume_mm3", pa.float64()),
+        ("expected_dice", pa.float64()),
+        ("expected_low", pa.float64()),
+        ("expected_high", pa.float64()),
+        ("flag", pa.bool_()),
         ("seconds", pa.float64()),
         ("error", pa.string()),
     ]
@@ -55,6 +60,7 @@ def strip(
     checkpoint: Path,
     device: Literal["cpu", "cuda"] = "cpu",
     threads: int | None = None,
+    trust: bool = True,
 ) -> list[Row]:
     """Write a mask for every scan, and `strip.parquet`, which lists them.
 
@@ -63,6 +69,7 @@ def strip(
     inputs : whatever `open_cohort` takes, several of them
     out : folder; `<stem>_mask.nii.gz` for a file, the same tree as in the input for a folder
     checkpoint : a checkpoint folder, or that of a run
+    trust : say what Dice to expect of each mask, where the checkpoint has learned that
 
     Returns
     -------
@@ -81,14 +88,23 @@ def strip(
     if threads:
         torch.set_num_threads(threads)
     predictor = Predictor(checkpoint, device=device)
+    judge = quality.load(checkpoint, predictor) if trust else None
     rows = []
     for number, job in enumerate(jobs, 1):
-        row = _strip_one(job, predictor, out)
+        row = _strip_one(job, predictor, judge, out)
         rows.append(row)
         if row["error"]:
             log.warning("%d/%d %s: %s", number, len(jobs), job.key, row["error"])
         else:
-            log.info("%d/%d %s: %.0f ml, %.1f s", number, len(jobs), job.key, row["volume_mm3"] / 1e3, row["seconds"])
+            log.info(
+                "%d/%d %s: %.0f ml, %s%.1f s",
+                number,
+                len(jobs),
+                job.key,
+                row["volume_mm3"] / 1e3,
+                _say(row),
+                row["seconds"],
+            )
     write_table(pa.Table.from_pylist(rows, schema=SCHEMA), out / TABLE)
     return rows
 
@@ -143,14 +159,23 @@ def stem(path: Path, /) -> str:
     return next((path.name.removesuffix(end) for end in IMAGE_ENDINGS if path.name.endswith(end)), path.stem)
 
 
-def _strip_one(job: Job, predictor: Predictor, out: Path) -> Row:
+def _say(row: Row) -> str:
+    """What to expect of a mask, in words."""
+    if row["expected_dice"] is None:
+        return ""
+    return f"expected Dice {row['expected_dice']:.3f}{', look at it' if row['flag'] else ''}, "
+
+
+def _strip_one(job: Job, predictor: Predictor, judge: quality.Quality | None, out: Path) -> Row:
     begin = time.perf_counter()
-    row: Row = {"key": job.key, "image": str(job.image), "mask": None, "volume_mm3": None, "error": None}
+    row: Row = dict.fromkeys(SCHEMA.names) | {"key": job.key, "image": str(job.image)}
     try:
-        mask = predictor(volume.load(job.image)).mask
+        prediction = predictor(volume.load(job.image))
+        mask = prediction.mask
         volume.save(mask, out / job.target, like=job.image, dtype=np.uint8)
         row["mask"] = str((out / job.target).absolute())
         row["volume_mm3"] = metrics.volume_mm3(mask.data, mask.spacing_mm)
+        row |= asdict(judge(prediction)) if judge else {}
     except SCAN_FAULTS as error:
         row["error"] = sentence(error)
     return row | {"seconds": time.perf_counter() - begin}
