@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from onelabel.configs.augmentation import Base, DeformConfig, SynthesisConfig
-from onelabel.configs.selection import SelectConfig, TopKConfig
+from onelabel.configs.selection import SelectConfig, ThresholdConfig, TopKConfig
 
 
 def _per_axis(value: object) -> object:
@@ -294,6 +294,15 @@ class StageConfig(Base):
     ranker: RankerConfig | None = Field(None, description="scores the cohort's masks; null: no scoring")
     expect: ExpectConfig = Field(ExpectConfig(), description="from scores to the Dice to expect")
     select: SelectConfig = Field(TopKConfig(), description="which scored masks the next round learns from")
+
+    @model_validator(mode="after")
+    def _expected(self) -> Self:
+        if isinstance(self.select, ThresholdConfig) and not (single_rankers(self.ranker) and self.expect.images):
+            raise ValueError(
+                f"stage '{self.name}' selects by expected Dice: it needs a ranker that looks at masks, and expect.images"
+                " above 0"
+            )
+        return self
 
 
 class ComputeConfig(Base):

@@ -10,7 +10,8 @@ from scipy.stats import spearmanr
 def summarise(tables: dict[str, pa.Table], /) -> dict[str, Any]:
     """Figures of a round: `failures`, and for each of `scores`, `selection` and `test` what can be said.
 
-    Dice is over all scans with a truth, a miss counting as 0. `rank_correlation` is Spearman's, of score and Dice;
+    Dice is over all scans with a truth, a miss counting as 0; `expected_dice_error` is its mean distance from what was
+    expected. `rank_correlation` is Spearman's, of score and Dice;
     `predict_cpu_s_mean` and `rank_cpu_s_mean` are CPU seconds a scan.
     """
     figures: dict[str, Any] = {"failures": 0}
@@ -33,6 +34,16 @@ def _describe(table: pa.Table) -> dict[str, float]:
         part |= {"dice_min": float(np.nanmin(dice)), "hd95_mm_mean": float(np.nanmean(_numbers(table, "hd95_mm")))}
         part["asd_mm_mean"] = float(np.nanmean(_numbers(table, "asd_mm")))
         part["misses"] = float(np.nansum(_numbers(table, "miss")))
+    expected = (
+        _numbers(table, "expected_dice") if "expected_dice" in table.column_names else np.full(len(table), np.nan)
+    )
+    if np.isfinite(expected).any():
+        part |= {
+            "expected_dice_mean": float(np.nanmean(expected)),
+            "flagged": float(np.nansum(_numbers(table, "flag"))),
+        }
+    if (judged := np.isfinite(expected) & np.isfinite(dice)).any():
+        part["expected_dice_error"] = float(np.abs(expected - dice)[judged].mean())
     for name in ("predict_cpu_s", "rank_cpu_s"):
         if name in table.column_names and np.isfinite(seconds := _numbers(table, name)).any():
             part[f"{name}_mean"] = float(np.nanmean(seconds))

@@ -6,6 +6,7 @@ from pydantic import BaseModel, ValidationError
 
 from onelabel.configs.load import models_in, parse
 from onelabel.configs.schema import RunConfig
+from onelabel.configs.selection import TopKConfig
 from onelabel.errors import ConfigError
 
 
@@ -55,7 +56,7 @@ def test_nothing_is_changed_in_place() -> None:
 
 @pytest.mark.parametrize("k", [0, -1])
 def test_k_is_positive(k: int) -> None:
-    with pytest.raises(ConfigError, match=f"stages.0.select.k' = {k}"):
+    with pytest.raises(ConfigError, match=f"stages.0.select.k.0' = {k}"):
         run(stage(ranker=RANKER, select={"type": "top_k", "k": k}))
 
 
@@ -169,3 +170,16 @@ def test_values_out_of_their_range(changes: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         run(**changes)
     run()
+
+
+@pytest.mark.parametrize("change", [{"expect": {"images": 0}}, {"ranker": {"type": "random"}}], ids=str)
+def test_a_threshold_needs_an_expected_dice(change: dict[str, Any]) -> None:
+    chosen = {"ranker": RANKER, "select": {"type": "threshold", "expected_dice": 0.9}}
+    run(stage(**chosen))
+    with pytest.raises(ConfigError, match="selects by expected Dice"):
+        run(stage(**(chosen | change)))
+
+
+def test_a_selection_of_no_type_is_one_of_the_best_k() -> None:
+    assert run(stage(ranker=RANKER, select={"k": 3})).stages[0].select == TopKConfig(k=(3,))
+    assert run(stage(ranker=RANKER, select={"k": [3, 5]})).stages[0].select == TopKConfig(k=(3, 5))
