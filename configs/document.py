@@ -14,7 +14,7 @@ from onelabel.configs.schema import RunConfig, SourceConfig
 
 _HEAD = """# Configuration
 
-<!-- Written by `make docs` from configs/schema.py and configs/augmentation.py; edit those. -->
+<!-- Written by `make docs` from configs/schema.py, selection.py and augmentation.py; edit those. -->
 
 A run is described by YAML files or presets, stacked from left to right, and `key=value` overrides; later ones win.
 
@@ -97,10 +97,16 @@ def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     if isinstance(field.default, BaseModel):
-        # What differs from the defaults of that mapping's own table.
-        changed = {name: value for name, value in field.default if value != type(field.default)().__dict__[name]}
+        changed = _changed(field.default)
         return f"`{_value(changed)}`" if changed else "its defaults"
     return f"`{_value(field.default)}`"
+
+
+def _changed(model: BaseModel) -> dict[str, Any]:
+    """What differs from the defaults of a mapping's own table."""
+    own = type(model)()
+    different = {name: value for name, value in model if value != getattr(own, name)}
+    return {name: _changed(value) if isinstance(value, BaseModel) else value for name, value in different.items()}
 
 
 def _value(value: Any) -> str:

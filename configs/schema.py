@@ -299,7 +299,7 @@ class StageConfig(Base):
     def _expected(self) -> Self:
         if isinstance(self.select, ThresholdConfig) and not (single_rankers(self.ranker) and self.expect.images):
             raise ValueError(
-                f"stage '{self.name}' selects by expected Dice: it needs a ranker that looks at masks, and expect.images"
+                f"stage '{self.name}' selects by expected Dice: it needs a ranker that looks at masks and expect.images"
                 " above 0"
             )
         return self

@@ -16,6 +16,8 @@ SCHEMA = pa.schema(
         ("miss", pa.bool_()),
         ("error", pa.string()),
         ("rank_cpu_s", pa.float64()),
+        ("expected_dice", pa.float64()),
+        ("flag", pa.bool_()),
     ]
 )
 
@@ -106,3 +108,13 @@ def test_seconds_are_a_mean_over_the_scans_that_were_ranked() -> None:
     rows = table(judged(0.9, 0.5, rank_cpu_s=1.0), judged(0.8, 0.4, rank_cpu_s=2.0), {"error": "torn"})
     assert summarise({"scores": rows})["unlabelled"]["rank_cpu_s_mean"] == 1.5
     assert "rank_cpu_s_mean" not in summarise({"scores": table(judged(0.9))})["unlabelled"]
+
+
+def test_what_was_expected_is_held_against_the_truth() -> None:
+    rows = [judged(0.9, 0.1, expected_dice=0.8, flag=True), judged(0.7, 0.1, expected_dice=0.9, flag=False)]
+    rows += [{"score": 0.1, "expected_dice": 0.4, "flag": True}, {"error": "DataError: damaged"}]
+    figures = summarise({"scores": table(*rows)})["unlabelled"]
+    assert figures["expected_dice_mean"] == pytest.approx(0.7)
+    assert figures["expected_dice_error"] == pytest.approx(0.15)
+    assert figures["flagged"] == 2
+    assert "flagged" not in summarise({"scores": table(judged(0.9, 0.1))})["unlabelled"]
