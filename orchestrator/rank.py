@@ -69,9 +69,8 @@ def rank(
         raise ConfigError("--images and --checkpoint belong together: a network looks at the scans of the masks")
     judged = _cohort(masks(source), masks(images) if images else {})
     config = _config(image, mask, out, segmenter, settings)
-    cohorts, folder = open_cohorts(config), open_folder(config)
-    cohorts = Cohorts(cohorts.labelled, judged, None)
     ranker = _ranker(config, segmenter)
+    cohorts, folder = Cohorts(open_cohorts(config).labelled, judged, None), open_folder(config)
     preload()
     with runtime.connect(config.compute) as joined, Tracker(config, folder) as tracker:
         demands = resources.of_stage(config.compute, **needs(config, cohorts))
@@ -101,7 +100,9 @@ def _cohort(found: Mapping[str, Path], scans: Mapping[str, Path]) -> Cohort:
 
 def _config(image: Path, mask: Path, out: Path, segmenter: Path | None, settings: Sequence[str]) -> RunConfig:
     """The settings, on the grid of the network if there is one."""
-    folder = out.parent / f"{out.stem}.rank"
+    # Another name, by which other settings do not meet, may be given.
+    named = load(["rank", f"name={out.stem}.rank", *settings, "data.labelled=.", "data.unlabelled=."])
+    folder = out.parent / named.name
     manifest = folder / "labelled.csv"
     own = [f"data.labelled={manifest}", f"data.unlabelled={image}", f"storage={out.parent}", f"name={folder.name}"]
     if segmenter:

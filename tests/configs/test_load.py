@@ -117,7 +117,7 @@ def test_a_star_reaches_what_an_item_has_by_default() -> None:
         [*BASE, minimal, "stages.*={select: {k: 3}, ranker: {network: {width: 4}, deform: {flip: 0}}}"]
     ).stages
     assert stage.ranker is not None
-    assert (stage.select.k, stage.ranker.network.width, stage.ranker.deform.flip) == (3, 4, 0)
+    assert (stage.select.k, stage.ranker.network.width, stage.ranker.deform.flip) == ((3,), 4, 0)
     (stage,) = load([*BASE, minimal, "stages.*.streams.train.*.deform.flip=0"]).stages
     assert stage.streams["train"][0].deform is None
 
@@ -183,7 +183,7 @@ def test_an_unknown_key_like_no_other_is_an_error_all_the_same(key: str) -> None
     ("override", "parts"),
     [
         ("stages.0.steps=many", ["'stages.0.steps'", "'many'"]),
-        ("stages.0.select.k=0", ["'stages.0.select.k'", "= 0"]),
+        ("stages.0.select.k=0", ["'stages.0.select.k.0'", "= 0"]),
         ("stages.0.streams.train.0.type=sound", ["'stages.0.streams.train.0.type'", "'sound'", "'synthetic'"]),
         ("stages.0.learner.type=magic", ["'stages.0.learner'", "'magic'", "'supervised'"]),
         ("stages.0.learner.learning_rate=0", ["'stages.0.learner.learning_rate'", "= 0"]),
