@@ -105,6 +105,7 @@ def _config(image: Path, mask: Path, out: Path, segmenter: Path | None, settings
     folder = out.parent / named.name
     manifest = folder / "labelled.csv"
     own = [f"data.labelled={manifest}", f"data.unlabelled={image}", f"storage={out.parent}", f"name={folder.name}"]
+    own += ["stages.0.select={type: top_k, k: 1}"]  # nothing is selected
     if segmenter:
         grid = checkpoint.load_segmenter(segmenter)[1].grid
         own += [f"grid.spacing_mm={grid['spacing_mm']}", f"grid.size={grid['size']}"]
