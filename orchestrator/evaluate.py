@@ -179,6 +179,11 @@ def masks(source: str, /) -> dict[str, Path]:
     return dict(found)
 
 
+def scans(source: str, /) -> dict[str, Path]:
+    """Scans by the key that their masks would have."""
+    return {_short(row["key"]): Path(row["image"]) for row in open_cohort(source).rows()}
+
+
 def _compare(key: str, prediction: Path | None, truth: Path) -> list[Row]:
     row: Row = dict.fromkeys(SCHEMA.names) | {"key": key, "truth": str(truth)}
     row["prediction"] = None if prediction is None else str(prediction)

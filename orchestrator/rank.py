@@ -21,7 +21,7 @@ from onelabel.configs.schema import (
 from onelabel.errors import ConfigError, DataError
 from onelabel.imaging.volume import Grid
 from onelabel.models import checkpoint
-from onelabel.orchestrator.evaluate import check_target, masks
+from onelabel.orchestrator.evaluate import check_target, masks, scans
 from onelabel.orchestrator.setup import Cohorts, needs, open_cohorts, open_folder
 from onelabel.orchestrator.tracking import Tracker, preload
 from onelabel.orchestrator.work import Work
@@ -67,7 +67,7 @@ def rank(
     check_target(out)
     if (images is None) != (segmenter is None):
         raise ConfigError("--images and --checkpoint belong together: a network looks at the scans of the masks")
-    judged = _cohort(masks(source), masks(images) if images else {})
+    judged = _cohort(masks(source), scans(images) if images else {})
     config = _config(image, mask, out, segmenter, settings)
     ranker = _ranker(config, segmenter)
     cohorts, folder = Cohorts(open_cohorts(config).labelled, judged, None), open_folder(config)
@@ -85,13 +85,13 @@ def rank(
     return table
 
 
-def _cohort(found: Mapping[str, Path], scans: Mapping[str, Path]) -> Cohort:
+def _cohort(found: Mapping[str, Path], images: Mapping[str, Path]) -> Cohort:
     """The masks as labels of their scans, or of themselves where no scan is known."""
-    missing = sorted(found.keys() - scans.keys()) if scans else []
+    missing = sorted(found.keys() - images.keys()) if images else []
     if missing:
         raise DataError(f"{len(missing)} masks have no scan, for example '{missing[0]}': name scans like their masks")
     rows = [
-        {"key": key, "image": str(scans.get(key, path).absolute()), "label": str(path.absolute()), "kind": "given"}
+        {"key": key, "image": str(images.get(key, path).absolute()), "label": str(path.absolute()), "kind": "given"}
         | {"weight": 1.0}
         for key, path in found.items()
     ]
