@@ -1,0 +1,134 @@
+"""Which ranker knows good masks from bad ones, and how far is the expected Dice from the true one?
+
+python benchmarks/trust.py DATA [--storage runs] [--ages 40,80,160,320,1000] [--seed 0] [key=value ...]
+
+DATA/ixi/participants.csv has columns key, split, image, mask. So that the pool spans bad masks and good ones, the first
+stage of `singlestrip` is run several times, each with the number of steps of an age; every scan of the unlabelled pool
+is then segmented and scored by all rankers at once. True masks of the pool only judge. Prints Markdown; runs resume
+where they were cut off.
+"""
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from scipy.stats import spearmanr
+
+from onelabel.configs.load import load
+from onelabel.configs.schema import RunConfig
+from onelabel.orchestrator.driver import run
+from onelabel.orchestrator.rounds import plan
+from onelabel.tasks.score import EXPECTED, columns_of
+
+RANKERS = (
+    "{type: fused, rankers: [{type: autoencoder}, {type: consistency, passes: 4}, {type: confidence},"
+    " {type: confidence, of: views, views: {passes: 4}}, {type: posterior, passes: 4}]}"
+)
+BAD = 0.9
+DRAWS = 2000
+
+
+def main() -> None:
+    """Run, compare, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--storage", type=Path, default=Path("runs"))
+    parser.add_argument("--ages", default="40,80,160,320,1000")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("settings", nargs="*", help="key=value")
+    options = parser.parse_args()
+    configs = [_config(options, int(age)) for age in options.ages.split(",")]
+    tables = [_scored(config, configs[0]) for config in configs]
+    columns = [*columns_of(configs[0].stages[0].ranker), EXPECTED[0]]
+    sys.stdout.write("\n\n".join([_pool(configs, tables), _ranks(columns, tables), _expected(tables)]) + "\n")
+
+
+def _config(options: argparse.Namespace, age: int) -> RunConfig:
+    manifest = options.data / "ixi" / "participants.csv"
+    stage = (
+        "stages=[{name: base, start: scratch, learner: {type: supervised, learning_rate: 1.0e-3}, select: {k: 1},"
+        f" streams: {{train: [{{type: synthetic, of: labelled}}]}}, steps: {age}, ranker: {RANKERS}}}]"
+    )
+    data = [
+        setting
+        for part in ("labelled", "unlabelled")
+        for setting in (
+            f"data.{part}.path={manifest}",
+            f"data.{part}.where.split={part}",
+            f"data.{part}.label_column=mask",
+        )
+    ]
+    named = [f"name=trust-{options.seed}-{age}", f"seed={options.seed}", f"storage={options.storage}"]
+    return load(["singlestrip", stage, *data, *named, "compute.threads=2", *options.settings])
+
+
+def _scored(config: RunConfig, first: RunConfig) -> pa.Table:
+    """The scores of a run, which takes over the rankers' networks of the first one: they depend on the label alone."""
+    folder, known = (Path(one.storage) / one.name for one in (config, first))
+    if (known / "rankers").is_dir() and not (folder / "rankers").is_dir():
+        shutil.copytree(known / "rankers", folder / "rankers")
+    run(config)
+    scores = plan(config, folder)[0].table("scores")
+    assert scores is not None
+    return scores.filter(pc.is_valid(scores["dice"]))
+
+
+def _pool(configs: list[RunConfig], tables: list[pa.Table]) -> str:
+    lines = ["| steps | masks | mean Dice | worst | best |", "|---|---|---|---|---|"]
+    for config, table in zip(configs, tables, strict=True):
+        dice = table["dice"].to_numpy()
+        lines.append(
+            f"| {config.stages[0].steps} | {len(dice)} | {dice.mean():.3f} | {dice.min():.3f} | {dice.max():.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def _ranks(columns: list[str], tables: list[pa.Table]) -> str:
+    """Spearman's correlation with Dice over all ages, with a bootstrap interval over scans, and within each."""
+    head = ["ranker", "all ages", "95 %", *(f"age {place + 1}" for place in range(len(tables)))]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for name in columns:
+        scores, dice = (np.stack([table[column].to_numpy() for table in tables]) for column in (name, "dice"))
+        low, high = _interval(scores, dice)
+        whole = spearmanr(scores.ravel(), dice.ravel()).statistic
+        within = [f"{spearmanr(*pair).statistic:.2f}" for pair in zip(scores, dice, strict=True)]
+        lines.append(f"| {name} | {whole:.3f} | {low:.3f} to {high:.3f} | " + " | ".join(within) + " |")
+    return "\n".join(lines)
+
+
+def _interval(scores: np.ndarray, dice: np.ndarray) -> tuple[float, float]:
+    """95 % of the correlations of pools of scans drawn with replacement, all ages of a scan together."""
+    rng = np.random.default_rng(0)
+    drawn = rng.integers(scores.shape[1], size=(DRAWS, scores.shape[1]))
+    found = [spearmanr(scores[:, one].ravel(), dice[:, one].ravel()).statistic for one in drawn]
+    low, high = np.quantile(found, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _expected(tables: list[pa.Table]) -> str:
+    """How far the expected Dice is from the true one, and what its flags catch."""
+    lines = ["| age | error | bias | inside the interval | flagged | of these bad | bad unflagged |", "|" + "---|" * 7]
+    for place, part in enumerate([*([table] for table in tables), tables]):
+        expected, low, high, dice = (
+            np.concatenate([table[name].to_numpy() for table in part]) for name in (*EXPECTED, "dice")
+        )
+        flagged, bad = expected < BAD, dice < BAD
+        cells = [
+            "all" if len(part) > 1 else str(place + 1),
+            f"{np.abs(expected - dice).mean():.3f}",
+            f"{(expected - dice).mean():+.3f}",
+            f"{((low <= dice) & (dice <= high)).mean():.0%}",
+            str(flagged.sum()),
+            f"{bad[flagged].mean():.0%}" if flagged.any() else "–",
+            f"{(~flagged[bad]).mean():.0%}" if bad.any() else "–",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
