@@ -1,0 +1,173 @@
+"""Does it pay to choose pseudo-labels, and by which ranker? Self-training on the k best of each ranker, against chance.
+
+python benchmarks/study.py DATA [--storage runs] [--seeds 0,1,2] [--k 5,10,20,40] [--plot study.png] [key=value ...]
+
+DATA/ixi/participants.csv has columns key, split, image, mask; splits labelled, unlabelled, test. For each seed the
+first stage of `singlestrip` is trained once, and each ranker and k goes on from it with the same rounds of
+self-training; `all labels` trains on the true masks of the pool for as many steps. All is one Ray session at 4 mm, and
+the same command goes on where it was cut off. Prints Markdown: test Dice of each, its difference to no self-training and
+to chance with Wilcoxon's signed-rank test over test heads and seeds, corrected by Holm's method.
+"""
+
+import argparse
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from onelabel.cluster import runtime
+from onelabel.configs.load import load
+from onelabel.configs.schema import RunConfig
+from onelabel.orchestrator.driver import run
+from onelabel.orchestrator.rounds import plan
+from onelabel.orchestrator.statistics import compare, holm, interval
+
+RANKERS = {
+    "random": "{type: random}",
+    "autoencoder": "{type: autoencoder}",
+    "consistency": "{type: consistency, passes: 4}",
+    "posterior": "{type: posterior, passes: 4}",
+    "fused": "{type: fused, rankers: [{type: autoencoder}, {type: posterior, passes: 4}]}",
+    "oracle": "{type: oracle}",
+}
+# Okabe and Ito's colours
+COLOURS = dict(zip(RANKERS, ("#999999", "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#000000"), strict=True))
+GRID = ("grid.spacing_mm=4", "grid.size=[48, 64, 64]", "stages.*.expect.images=0", "compute.threads=2")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: its name in the table, k (0 where nothing is selected) and the Dice of all test heads, by key."""
+
+    name: str
+    k: int
+    seed: int
+    dice: np.ndarray
+
+
+def main() -> None:
+    """Run, compare, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--storage", type=Path, default=Path("runs"))
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--k", default="5,10,20,40")
+    parser.add_argument("--plot", type=Path, default=Path("study.png"))
+    parser.add_argument("settings", nargs="*", help="key=value for all runs")
+    options = parser.parse_args()
+    seeds, ks = ([int(part) for part in text.split(",")] for text in (options.seeds, options.k))
+    common = [*GRID, f"storage={options.storage}", *options.settings]
+    with runtime.connect(load(["supervised", "data.labelled=none", *common]).compute):
+        cells = [cell for seed in seeds for cell in _cells(options.data, common, seed, ks)]
+    sys.stdout.write(_table(cells) + "\n")
+    _plot(cells, options.plot)
+
+
+def _cells(data: Path, common: list[str], seed: int, ks: list[int]) -> Iterator[Cell]:
+    """All runs of a seed."""
+    one = ["singlestrip", *_split(data, labelled="labelled", rank=True), f"seed={seed}", *common, "stages.1.rounds=2"]
+    base = load([*one, f"name=study-{seed}-base", "stages.*.ranker={type: random}"])
+    base = base.model_copy(update={"stages": base.stages[:1]})
+    yield Cell("no self-training", 0, seed, _dice(base))
+    for name, ranker in RANKERS.items():
+        for k in ks:
+            chosen = [
+                f"name=study-{seed}-{name}-{k}",
+                f"stages.*={{ranker: {ranker}, select: {{type: top_k, k: {k}}}}}",
+            ]
+            config = load([*one, *chosen])
+            _go_on_from(base, config)
+            yield Cell(name, k, seed, _dice(config))
+    steps = sum(stage.steps * stage.rounds for stage in load(one).stages)
+    every = ["supervised", *_split(data, labelled="unlabelled"), f"seed={seed}", *common, f"name=study-{seed}-all"]
+    yield Cell("all labels", 0, seed, _dice(load([*every, f"stages.0.steps={steps}"])))
+
+
+def _split(data: Path, *, labelled: str, rank: bool = False) -> list[str]:
+    manifest = data / "ixi" / "participants.csv"
+    wanted = {"labelled": labelled, "test": "test"} | ({"unlabelled": "unlabelled"} if rank else {})
+    return [
+        setting
+        for part, split in wanted.items()
+        for setting in (
+            f"data.{part}.path={manifest}",
+            f"data.{part}.where.split={split}",
+            f"data.{part}.label_column=mask",
+        )
+    ]
+
+
+def _go_on_from(base: RunConfig, config: RunConfig) -> None:
+    """Let a run find the first network trained; and the mask autoencoder, if an earlier run of the seed fitted one."""
+    folder, known = (Path(one.storage) / one.name for one in (config, base))
+    first, trained = plan(config, folder)[0], plan(base, known)[0]
+    if not first.checkpoint.is_dir():
+        first.folder.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(trained.checkpoint, first.checkpoint)
+        first.training(trained.training())
+    for other in sorted(known.parent.glob(f"study-{config.seed}-*/rankers/*")):
+        if not other.name.startswith(".") and not (folder / "rankers" / other.name).is_dir():
+            shutil.copytree(other, folder / "rankers" / other.name)
+
+
+def _dice(config: RunConfig) -> np.ndarray:
+    """Of the last round's network on the test heads; a scan that failed counts as a miss."""
+    run(config)
+    table = plan(config, Path(config.storage) / config.name)[-1].table("test")
+    assert table is not None
+    return np.nan_to_num(table.sort_by("key")["dice"].to_numpy())
+
+
+def _table(cells: list[Cell]) -> str:
+    """A row for each way and k."""
+    found = _by_way(cells)
+    base, lines = found["no self-training", 0], []
+    ways = [way for way in found if way != ("no self-training", 0)]
+    against = [(compare(found[way], base), compare(found[way], found.get(("random", way[1]), base))) for way in ways]
+    corrected = np.reshape(holm([each.p for pair in against for each in pair]), (-1, 2))
+    head = ["selection", "k", "Dice mean", "95 %", "worst", "- base", "p", "- random", "p"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for way in [("no self-training", 0), *ways]:
+        dice = found[way]
+        low, high = interval(dice.tolist())
+        cells_ = [way[0], str(way[1] or ""), f"{dice.mean():.4f}", f"{low:.4f} to {high:.4f}", f"{dice.min():.4f}"]
+        if way in ways:
+            pair, ps = against[ways.index(way)], corrected[ways.index(way)]
+            cells_ += [
+                text for each, p in zip(pair, ps, strict=True) for text in (f"{each.difference:+.4f}", f"{p:.2g}")
+            ]
+        lines.append("| " + " | ".join(cells_ + [""] * (len(head) - len(cells_))) + " |")
+    return "\n".join(lines)
+
+
+def _by_way(cells: list[Cell]) -> dict[tuple[str, int], np.ndarray]:
+    """Dice of all seeds after one another, in the same order everywhere."""
+    ways = dict.fromkeys((cell.name, cell.k) for cell in cells)
+    return {way: np.concatenate([cell.dice for cell in cells if (cell.name, cell.k) == way]) for way in ways}
+
+
+def _plot(cells: list[Cell], path: Path) -> None:
+    found = _by_way(cells)
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for name, colour in COLOURS.items():
+        ks = sorted(k for other, k in found if other == name)
+        means = [found[name, k].mean() for k in ks]
+        bounds = np.array([interval(found[name, k].tolist()) for k in ks])
+        axes.plot(ks, means, marker="o", color=colour, label=name)
+        axes.fill_between(ks, bounds[:, 0], bounds[:, 1], color=colour, alpha=0.08)
+    for name, style in (("no self-training", ":"), ("all labels", "--")):
+        axes.axhline(found[name, 0].mean(), color="black", linestyle=style, label=name)
+    axes.set(xlabel="k, pseudo-labelled scans of a round", ylabel="mean Dice on the test heads", xscale="log")
+    axes.set_xticks(ks, [str(k) for k in ks])
+    axes.minorticks_off()
+    figure.legend(loc="outside right center", frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    main()
