@@ -5,8 +5,8 @@ python benchmarks/study.py DATA [--storage runs] [--seeds 0,1,2] [--k 5,10,20,40
 DATA/ixi/participants.csv has columns key, split, image, mask; splits labelled, unlabelled, test. For each seed the
 first stage of `singlestrip` is trained once, and each ranker and k goes on from it with the same rounds of
 self-training; `all labels` trains on the true masks of the pool for as many steps. All is one Ray session at 4 mm, and
-the same command goes on where it was cut off. Prints Markdown: test Dice of each, its difference to no self-training and
-to chance with Wilcoxon's signed-rank test over test heads and seeds, corrected by Holm's method.
+the same command goes on where it was cut off. Prints Markdown: test Dice of each, its difference to no self-training
+and to chance with Wilcoxon's signed-rank test over test heads and seeds, corrected by Holm's method.
 """
 
 import argparse
