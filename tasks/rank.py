@@ -141,7 +141,7 @@ class Judge:
         generator = random.generator(self.task.seed, "probe", number)
         params = synthesis.sample_params(scan, config, spacing_mm=spacing_mm, generator=generator)
         image, label = synthesis.synthesise(scan, params, spacing_mm=spacing_mm)
-        seen, truth = image.numpy() / np.float32(LEVELS - 1), label.numpy() > 0
+        seen, truth = np.divide(image.numpy(), LEVELS - 1, dtype=np.float32), label.numpy() > 0
         if not truth.any():
             return {}  # all of the structure is out of view
         true = damage.subject(truth, seen, spacing_mm)
