@@ -5,22 +5,28 @@ import nibabel as nib
 import numpy as np
 import pyarrow as pa
 import pytest
+import ray
 import torch
 
+from onelabel.configs.augmentation import BinsConfig
 from onelabel.configs.schema import (
     AutoencoderNetworkConfig,
     AutoencoderRankerConfig,
+    ConfidenceRankerConfig,
     ConsistencyRankerConfig,
+    ExpectConfig,
     FusedRankerConfig,
     OracleRankerConfig,
     RandomRankerConfig,
     RunConfig,
 )
+from onelabel.imaging.prepare import scan_on_grid
+from onelabel.imaging.volume import Grid
 from onelabel.models import checkpoint, networks
 from onelabel.models.checkpoint import Meta
 from onelabel.models.rankers import fuse
 from onelabel.tasks.cohort import SCHEMA, Cohort
-from onelabel.tasks.score import ScoreTask, score
+from onelabel.tasks.score import EXPECTED, Probes, ScoreTask, score
 
 
 def test_each_scan_is_a_row_and_a_broken_one_has_an_error(
@@ -37,7 +43,7 @@ def test_each_scan_is_a_row_and_a_broken_one_has_an_error(
     ranker = AutoencoderRankerConfig()
     task = ScoreTask(tmp_path / "unet", tmp_path / "masks", ranker, (tmp_path / "autoencoder",))
     compute = config.compute.model_copy(update={"score_actors": 2})
-    rows = {row["key"]: row for row in score(cohort, task, compute=compute).to_pylist()}
+    rows = {row["key"]: row for row in score(cohort, task, compute=compute)[0].to_pylist()}
     assert list(rows) == ["broken", "head0", "head1", "head2"]
     assert "broken.nii.gz" in rows["broken"]["error"]
     assert rows["broken"]["score"] is rows["broken"]["mask"] is None
@@ -56,7 +62,7 @@ def test_each_scan_is_a_row_and_a_broken_one_has_an_error(
     parts = (ranker, ConsistencyRankerConfig(passes=2), ranker)
     fused = replace(task, ranker=FusedRankerConfig(rankers=parts), fitted=(*task.fitted, None, *task.fitted))
     assert fused.columns == ["score_autoencoder", "score_consistency", "score_autoencoder_2"]
-    again = {row["key"]: row for row in score(cohort, fused, compute=compute).to_pylist()}
+    again = {row["key"]: row for row in score(cohort, fused, compute=compute)[0].to_pylist()}
     assert [again["broken"][name] for name in ("score", *fused.columns)] == [None] * 4
     sound = ("head0", "head1", "head2")
     assert all(
@@ -73,13 +79,43 @@ def test_chance_and_the_oracle_rank_without_a_look(
     checkpoint.save(tmp_path / "unet", networks.build(config.network), meta)
     task = ScoreTask(tmp_path / "unet", tmp_path / "masks", OracleRankerConfig())
     compute = config.compute.model_copy(update={"score_actors": 1})
-    assert all(row["score"] == row["dice"] for row in score(heads, task, compute=compute).to_pylist())
+    assert all(row["score"] == row["dice"] for row in score(heads, task, compute=compute)[0].to_pylist())
     drawn = [
         [
             row["score"]
-            for row in score(heads, replace(task, ranker=RandomRankerConfig(), seed=seed), compute=compute).to_pylist()
+            for row in score(heads, replace(task, ranker=RandomRankerConfig(), seed=seed), compute=compute)[
+                0
+            ].to_pylist()
         ]
         for seed in (0, 0, 1)
     ]
     assert drawn[0] == drawn[1] != drawn[2]
     assert all(0 <= value < 1 for value in drawn[0]) and len(set(drawn[0])) == len(heads)
+
+
+def test_probes_tell_what_dice_a_score_speaks_for(
+    ray_cluster: None, heads: Cohort, config: RunConfig, tmp_path: Path
+) -> None:
+    meta = Meta(config.network.model_dump(mode="json"), "supervised", config.grid.model_dump(mode="json"), 0, 0, "")
+    torch.manual_seed(0)
+    checkpoint.save(tmp_path / "unet", networks.build(config.network), meta)
+    head = heads.rows()[0]
+    grid = Grid(config.grid.spacing_mm, config.grid.size)
+    scan = scan_on_grid(head["image"], head["label"], grid, bins=BinsConfig(), seed=0)
+    probes = Probes((ray.put(scan),), ExpectConfig(images=30, bad=1))
+    ranker = FusedRankerConfig(rankers=(ConsistencyRankerConfig(passes=1), ConfidenceRankerConfig()))
+    task = ScoreTask(tmp_path / "unet", tmp_path / "masks", ranker, (None, None), probes=probes)
+    found, expectation = score(heads, task, compute=config.compute)
+    assert expectation and len(expectation.parts) == 2 and expectation.whole
+    assert found["key"].to_pylist() == ["head0", "head1", "head2"]
+    for row in found.to_pylist():
+        assert 0 <= row["expected_low"] <= row["expected_dice"] <= row["expected_high"] <= 1
+        assert row["flag"]
+        assert len(row["thumbnail"]) == 8**3
+    again, _ = score(heads, task, compute=config.compute)
+    assert again.select(EXPECTED).equals(found.select(EXPECTED))
+    # What is expected does not depend on who is judged.
+    fewer, _ = score(Cohort(heads.table.slice(0, 1)), task, compute=config.compute)
+    assert fewer.select(EXPECTED).equals(found.select(EXPECTED).slice(0, 1))
+    chance = replace(task, ranker=RandomRankerConfig(), fitted=())
+    assert score(heads, chance, compute=config.compute)[1] is None
