@@ -152,10 +152,10 @@ def rank(
     )
     rows = table.to_pylist()
     errors = [row for row in rows if row["error"]]
-    columns = ("key", "score", "expected_dice", "expected_low", "expected_high", "flags")
+    columns = ("key", "score", "expected_dice", "expected_low", "expected_high", "flag", "flags")
     worst = [row for row in rows if not row["error"]][-_NAMED_FAILURES:][::-1]
-    shown = [(*(row[name] for name in columns[:-1]), ", ".join(_flags(row))) for row in worst]
-    _show("The masks to look at first", ("mask", "score", "expected\nDice", "90 %\nfrom", "\nto", "flags"), shown)
+    shown = [tuple(row[name] for name in columns) for row in worst]
+    _show("The masks to look at first", ("mask", "score", "expected\nDice", "90 %\nfrom", "\nto", "low", "seen"), shown)
     for row in errors[:_NAMED_FAILURES]:
         typer.echo(f"{row['key']}: {row['error']}", err=True)
     flagged = sum(bool(row["flag"] or row["flags"]) for row in rows)
@@ -210,10 +210,6 @@ def report(
     from onelabel.orchestrator import page
 
     typer.echo(page.write(folder, out))
-
-
-def _flags(row: Mapping[str, Any]) -> list[str]:
-    return (["low expected Dice"] if row["flag"] else []) + (row["flags"] or [])
 
 
 def _finish(outcome: "Outcome") -> None:

@@ -32,7 +32,7 @@ SCHEMA = pa.schema(
         ("flag", pa.bool_()),
         ("volume_mm3", pa.float64()),
         ("components", pa.int64()),
-        ("flags", pa.list_(pa.string())),
+        ("flags", pa.string()),
         ("dice", pa.float64()),
         ("error", pa.string()),
     ]
@@ -82,17 +82,22 @@ def rank(cohort: Cohort, task: RankTask, /, *, compute: ComputeConfig) -> pa.Tab
     if task.probes.config.images:
         expectation = expectation_of(probed, task.ranker)
         table = with_expected(table, expectation, task.columns, bad=task.probes.config.bad)
-    table = table.set_column(table.column_names.index("flags"), "flags", pa.array(_with_outliers(table.to_pylist())))
+    table = table.set_column(
+        table.column_names.index("flags"), "flags", pa.array(_with_outliers(table.to_pylist()), pa.string())
+    )
     return table.drop_columns("dice").sort_by([("score", "descending"), ("key", "ascending")])
 
 
-def _with_outliers(rows: list[dict[str, Any]]) -> list[list[str] | None]:
+def _with_outliers(rows: list[dict[str, Any]]) -> list[str | None]:
     """Each row's flags, and that its volume is far from the others'."""
     volumes = np.array([row["volume_mm3"] for row in rows if row["volume_mm3"]])
-    middle = float(np.median(volumes)) if len(volumes) else 0.0
-    far = max(_FAR_SD * 1.4826 * float(np.median(np.abs(volumes - middle))), _FAR_SHARE * middle) if middle else 0.0
+    if not len(volumes):
+        return [row["flags"] for row in rows]
+    middle = float(np.median(volumes))
+    far = max(_FAR_SD * 1.4826 * float(np.median(np.abs(volumes - middle))), _FAR_SHARE * middle)
+    unlike = f"volume unlike the others' {middle / 1e3:.0f} ml"
     return [
-        (row["flags"] or []) + [f"volume unlike the others' {middle / 1e3:.0f} ml"]
+        "; ".join(filter(None, [row["flags"], unlike]))
         if row["volume_mm3"] and abs(row["volume_mm3"] - middle) > far
         else row["flags"]
         for row in rows
@@ -167,7 +172,7 @@ def _look(labels: np.ndarray) -> dict[str, Any]:
     mask = labels > 0
     share = mask.mean()
     if share in (0, 1):
-        return {"components": int(share), "flags": ["empty" if share == 0 else "full"]}
+        return {"components": int(share), "flags": "empty" if share == 0 else "full"}
     sizes = cc3d.statistics(cc3d.connected_components(mask, connectivity=26))["voxel_counts"][1:]
     count, classes = int((sizes >= _SMALL * mask.sum()).sum()), len(np.unique(labels[mask]))
     flags = {
@@ -177,4 +182,4 @@ def _look(labels: np.ndarray) -> dict[str, Any]:
             mask.take(place, axis).any() for axis in range(3) for place in (0, -1)
         ),
     }
-    return {"components": count, "flags": [flag for flag, so in flags.items() if so]}
+    return {"components": count, "flags": "; ".join(flag for flag, so in flags.items() if so)}

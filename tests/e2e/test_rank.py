@@ -51,7 +51,7 @@ def test_bad_masks_of_another_tool_come_last(finished: Finished, heads: Path, tm
     assert process.returncode == 0, process.stderr[-3000:]
     assert "5 masks" in process.stdout
     rows = {row["key"]: row for row in pq.read_table(out).to_pylist()}
-    assert list(rows)[-1] == "head5" and rows["head5"]["flags"] == ["empty"] and rows["head5"]["flag"]
+    assert list(rows)[-1] == "head5" and rows["head5"]["flags"] == "empty" and rows["head5"]["flag"]
     good, bad = ([rows[f"head{n}"]["score_posterior"] for n in part] for part in ((1, 2), (3, 4)))
     assert min(good) > max(bad)
     expected = {n: rows[f"head{n}"]["expected_dice"] for n in (1, 2, 3, 4)}
