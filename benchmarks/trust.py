@@ -51,7 +51,8 @@ def _config(options: argparse.Namespace, age: int) -> RunConfig:
     manifest = options.data / "ixi" / "participants.csv"
     stage = (
         "stages=[{name: base, start: scratch, learner: {type: supervised, learning_rate: 1.0e-3}, select: {k: 1},"
-        f" streams: {{train: [{{type: synthetic, of: labelled}}]}}, steps: {age}, ranker: {RANKERS}}}]"
+        f" streams: {{train: [{{type: synthetic, of: labelled}}]}}, steps: {age}, expect: {{images: 64}},"
+        f" ranker: {RANKERS}}}]"
     )
     data = [
         setting

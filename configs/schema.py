@@ -275,7 +275,7 @@ HARD = SynthesisConfig.model_validate(
 class ExpectConfig(Base):
     """The Dice to expect of a mask, learned from the network's masks of synthetic images, whose truth is known."""
 
-    images: int = Field(64, ge=0, description="synthetic images; 0: no expected Dice")
+    images: int = Field(0, ge=0, description="synthetic images, some 64; 0: no expected Dice")
     synthesis: SynthesisConfig = Field(
         HARD, description="how they are made: harder than what the network learned from, so that masks fail too"
     )
