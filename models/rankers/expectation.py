@@ -29,7 +29,8 @@ class Map:
 
     def __call__(self, score: NDArray[np.float64], /) -> NDArray[np.float64]:
         """Scores (n,) to expected, low and high Dice (3, n); NaN stays NaN."""
-        return np.stack([np.interp(score, self.score, part) for part in (self.expected, self.low, self.high)])
+        found = np.stack([np.interp(score, self.score, part) for part in (self.expected, self.low, self.high)])
+        return np.where(np.isnan(score), np.nan, found)  # with a single knot NumPy would give its value
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,12 @@ def test_scores_that_say_nothing_give_the_mean() -> None:
     assert low[0] < 0.56 and high[0] > 0.94
 
 
+def test_a_ranker_that_gives_all_the_same_score_still_tells_what_has_none() -> None:
+    found = fit_map(np.zeros(30), np.linspace(0.5, 1, 30))
+    assert found(np.array([0.0, 3.0]))[0] == pytest.approx(0.75)
+    assert np.isnan(found(np.array([np.nan]))).all()
+
+
 def test_of_several_rankers_the_mean_is_mapped_again() -> None:
     rng = np.random.default_rng(0)
     dice = rng.uniform(0.3, 1, 600)
