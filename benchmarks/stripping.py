@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ixi import split
 
 from onelabel.configs.load import load
 from onelabel.configs.schema import RunConfig
@@ -31,14 +32,21 @@ def main() -> None:
     parser.add_argument("settings", nargs="*", help="key=value for both runs")
     options = parser.parse_args()
     common = [f"storage={options.storage}", "compute.threads=2", *options.settings]
-    one = load(["singlestrip", "name=ixi-one-label", *_split(options.data, labelled="labelled", rank=True), *common])
+    one = load(
+        [
+            "singlestrip",
+            "name=ixi-one-label",
+            *split(options.data, labelled="labelled", unlabelled="unlabelled", test="test"),
+            *common,
+        ]
+    )
     steps = sum(stage.steps * stage.rounds for stage in one.stages)
     every = load(
         [
             "supervised",
             "name=ixi-all-labels",
             f"stages.0.steps={steps}",
-            *_split(options.data, labelled="unlabelled"),
+            *split(options.data, labelled="unlabelled", test="test"),
             *common,
         ]
     )
@@ -46,20 +54,6 @@ def main() -> None:
     for config in (one, every):
         sections.append(_contrasts(config, options.data / "contrasts"))
     sys.stdout.write("\n\n".join(sections) + "\n")
-
-
-def _split(data: Path, *, labelled: str, rank: bool = False) -> list[str]:
-    manifest = data / "ixi" / "participants.csv"
-    wanted = {"labelled": labelled, "test": "test"} | ({"unlabelled": "unlabelled"} if rank else {})
-    return [
-        setting
-        for part, split in wanted.items()
-        for setting in (
-            f"data.{part}.path={manifest}",
-            f"data.{part}.where.split={split}",
-            f"data.{part}.label_column=mask",
-        )
-    ]
 
 
 def _test_table(config: RunConfig, title: str) -> str:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from ixi import split
 from matplotlib.figure import Figure
 
 from onelabel.cluster import runtime
@@ -69,7 +70,13 @@ def main() -> None:
 
 def _cells(data: Path, common: list[str], seed: int, ks: list[int]) -> Iterator[Cell]:
     """All runs of a seed."""
-    one = ["singlestrip", *_split(data, labelled="labelled", rank=True), f"seed={seed}", *common, "stages.1.rounds=2"]
+    one = [
+        "singlestrip",
+        *split(data, labelled="labelled", unlabelled="unlabelled", test="test"),
+        f"seed={seed}",
+        *common,
+        "stages.1.rounds=2",
+    ]
     base = load([*one, f"name=study-{seed}-base", "stages.*.ranker={type: random}"])
     base = base.model_copy(update={"stages": base.stages[:1]})
     yield Cell("no self-training", 0, seed, _dice(base))
@@ -83,22 +90,14 @@ def _cells(data: Path, common: list[str], seed: int, ks: list[int]) -> Iterator[
             _go_on_from(base, config)
             yield Cell(name, k, seed, _dice(config))
     steps = sum(stage.steps * stage.rounds for stage in load(one).stages)
-    every = ["supervised", *_split(data, labelled="unlabelled"), f"seed={seed}", *common, f"name=study-{seed}-all"]
-    yield Cell("all labels", 0, seed, _dice(load([*every, f"stages.0.steps={steps}"])))
-
-
-def _split(data: Path, *, labelled: str, rank: bool = False) -> list[str]:
-    manifest = data / "ixi" / "participants.csv"
-    wanted = {"labelled": labelled, "test": "test"} | ({"unlabelled": "unlabelled"} if rank else {})
-    return [
-        setting
-        for part, split in wanted.items()
-        for setting in (
-            f"data.{part}.path={manifest}",
-            f"data.{part}.where.split={split}",
-            f"data.{part}.label_column=mask",
-        )
+    every = [
+        "supervised",
+        *split(data, labelled="unlabelled", test="test"),
+        f"seed={seed}",
+        *common,
+        f"name=study-{seed}-all",
     ]
+    yield Cell("all labels", 0, seed, _dice(load([*every, f"stages.0.steps={steps}"])))
 
 
 def _go_on_from(base: RunConfig, config: RunConfig) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from ixi import split
 from scipy.stats import spearmanr
 
 from onelabel.configs.load import load
@@ -48,21 +49,12 @@ def main() -> None:
 
 
 def _config(options: argparse.Namespace, age: int) -> RunConfig:
-    manifest = options.data / "ixi" / "participants.csv"
     stage = (
         "stages=[{name: base, start: scratch, learner: {type: supervised, learning_rate: 1.0e-3}, select: {k: 1},"
         f" streams: {{train: [{{type: synthetic, of: labelled}}]}}, steps: {age}, expect: {{images: 64}},"
         f" ranker: {RANKERS}}}]"
     )
-    data = [
-        setting
-        for part in ("labelled", "unlabelled")
-        for setting in (
-            f"data.{part}.path={manifest}",
-            f"data.{part}.where.split={part}",
-            f"data.{part}.label_column=mask",
-        )
-    ]
+    data = split(options.data, labelled="labelled", unlabelled="unlabelled")
     named = [f"name=trust-{options.seed}-{age}", f"seed={options.seed}", f"storage={options.storage}"]
     return load(["singlestrip", stage, *data, *named, "compute.threads=2", *options.settings])
 
