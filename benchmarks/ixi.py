@@ -4,7 +4,7 @@ from pathlib import Path
 
 
 def split(data: Path, **parts: str) -> list[str]:
-    """Settings that take parts of a run's data (labelled, unlabelled, test) from splits of DATA/ixi/participants.csv."""
+    """Settings that take a run's labelled, unlabelled and test scans from splits of DATA/ixi/participants.csv."""
     manifest = data / "ixi" / "participants.csv"
     return [
         setting
