@@ -66,12 +66,9 @@ class Quality:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"'{folder}' cannot be read ({error}); remove it, or train again") from None
         self.predictor, self.bad = predictor, float(read["bad"])
-        self.rankers = [
-            rankers.build(
-                part, checkpoint.load(path)[0].to(predictor.device) if (path := folder / str(place)).is_dir() else None
-            )
-            for place, part in enumerate(single_rankers(config))
-        ]
+        paths = [folder / str(place) for place in range(len(single_rankers(config)))]
+        fitted = [path if path.is_dir() else None for path in paths]
+        self.rankers = rankers.load(config, fitted, device=predictor.device, bf16=predictor.bf16)
 
     @torch.inference_mode()
     def __call__(self, prediction: Prediction, /) -> Trust:

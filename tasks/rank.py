@@ -10,14 +10,15 @@ import pyarrow as pa
 import ray
 import torch
 
-from onelabel.configs.schema import ComputeConfig, RankerConfig, single_rankers
+from onelabel.configs.schema import ComputeConfig, RankerConfig
 from onelabel.errors import SCAN_FAULTS, DataError, sentence
 from onelabel.imaging import damage, metrics, random, synthesis, volume
 from onelabel.imaging.labels import LEVELS
 from onelabel.imaging.prepare import image_on_grid
 from onelabel.imaging.volume import Grid, Volume
-from onelabel.models import checkpoint, rankers
+from onelabel.models import rankers
 from onelabel.models.networks.autoencoder import one_hot
+from onelabel.models.precision import use_bf16
 from onelabel.models.predictor import Predictor
 from onelabel.tasks.cohort import Cohort
 from onelabel.tasks.score import EXPECTED, Probes, columns_of, expectation_of, over, ranked, with_expected
@@ -112,8 +113,8 @@ class Judge:
         self.task, self.device = task, torch.device(device)
         known = task.segmenter
         self.predictor = Predictor(known, device=device, precision=compute.precision) if known else None
-        networks = [checkpoint.load(path)[0].to(self.device) if path else None for path in task.fitted]
-        self.rankers = list(map(rankers.build, single_rankers(task.ranker), networks))
+        bf16 = use_bf16(compute.precision, self.device)
+        self.rankers = rankers.load(task.ranker, task.fitted, device=self.device, bf16=bf16)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         """Judge a batch of one row."""

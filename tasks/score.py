@@ -27,7 +27,7 @@ from onelabel.configs.schema import (
 from onelabel.errors import SCAN_FAULTS, sentence
 from onelabel.imaging import metrics, random, synthesis, volume
 from onelabel.imaging.random import derive
-from onelabel.models import checkpoint, rankers
+from onelabel.models import rankers
 from onelabel.models.predictor import Predictor, clean
 from onelabel.models.rankers import fuse
 from onelabel.models.rankers.expectation import Expectation, fit
@@ -197,8 +197,7 @@ class Scorer:
         torch.set_num_threads(1)
         self.task = task
         self.predictor = Predictor(task.checkpoint, device=device, precision=compute.precision)
-        networks = [checkpoint.load(path)[0].to(self.predictor.device) if path else None for path in task.fitted]
-        self.rankers = list(map(rankers.build, single_rankers(task.ranker), networks))
+        self.rankers = rankers.load(task.ranker, task.fitted, device=self.predictor.device, bf16=self.predictor.bf16)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         """Score a batch of one row."""

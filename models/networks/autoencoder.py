@@ -40,10 +40,14 @@ class Autoencoder(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d | nn.ConvTranspose3d):
                 nn.init.kaiming_uniform_(module.weight, a=0.2)
+        self.format = torch.channels_last if config.dims == 2 else torch.channels_last_3d  # twice as fast on a CPU
+        for parameter in self.parameters():
+            if parameter.ndim == config.dims + 2:
+                parameter.data = parameter.data.contiguous(memory_format=self.format)
 
     def forward(self, mask: Tensor) -> Tensor:
         """Logits of the reconstruction."""
-        logits: Tensor = self.decoder(self.encoder(mask))
+        logits: Tensor = self.decoder(self.encoder(mask.contiguous(memory_format=self.format)))
         return logits
 
 

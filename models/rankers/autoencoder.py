@@ -6,14 +6,16 @@ from torch import Tensor, nn
 from onelabel.models.networks.autoencoder import Autoencoder, one_hot, views
 from onelabel.models.rankers.base import Predict, Ranker, agreement
 
+_SLICES = 16  # that the network sees at once
+
 
 class AutoencoderRanker(Ranker):
     """A mask that the autoencoder of the one true mask cannot reconstruct is unlike a true mask."""
 
-    def __init__(self, network: nn.Module | None) -> None:
+    def __init__(self, network: nn.Module | None, *, bf16: bool = False) -> None:
         if not isinstance(network, Autoencoder):
             raise TypeError(f"an autoencoder ranker needs an Autoencoder, not a {type(network).__name__}")
-        self.network = network.eval()
+        self.network, self.bf16 = network.eval(), bf16
 
     @torch.inference_mode()
     def score(self, image: Tensor, probability: Tensor, predict: Predict) -> Tensor:
@@ -21,8 +23,9 @@ class AutoencoderRanker(Ranker):
         return torch.stack([self._score(mask) for mask in probability.argmax(1)])
 
     def _score(self, mask: Tensor) -> Tensor:
-        seen = views(mask, self.network.config)
-        again = torch.cat(
-            [self.network(one_hot(part, self.network.config.classes)).argmax(1) for part in seen.split(32)]
-        )
+        config = self.network.config
+        seen = views(mask, config)
+        seen = seen[seen.flatten(1).any(1)]  # what is empty counts neither for nor against a mask
+        with torch.autocast(mask.device.type, torch.bfloat16, enabled=self.bf16):
+            again = torch.cat([self.network(one_hot(part, config.classes)).argmax(1) for part in seen.split(_SLICES)])
         return agreement(seen, again)
