@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ixi import split
+from shared import split
 
 from onelabel.configs.load import load
 from onelabel.configs.schema import RunConfig

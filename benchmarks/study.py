@@ -10,15 +10,14 @@ and to chance with Wilcoxon's signed-rank test over test heads and seeds, correc
 """
 
 import argparse
-import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from ixi import split
 from matplotlib.figure import Figure
+from shared import go_on_from, split
 
 from onelabel.cluster import runtime
 from onelabel.configs.load import load
@@ -80,6 +79,7 @@ def _cells(data: Path, common: list[str], seed: int, ks: list[int]) -> Iterator[
     base = load([*one, f"name=study-{seed}-base", "stages.*.ranker={type: random}"])
     base = base.model_copy(update={"stages": base.stages[:1]})
     yield Cell("no self-training", 0, seed, _dice(base))
+    fitted = base
     for name, ranker in RANKERS.items():
         for k in ks:
             chosen = [
@@ -87,8 +87,10 @@ def _cells(data: Path, common: list[str], seed: int, ks: list[int]) -> Iterator[
                 f"stages.*={{ranker: {ranker}, select: {{type: top_k, k: {k}}}}}",
             ]
             config = load([*one, *chosen])
-            _go_on_from(base, config)
+            go_on_from(base, config)
+            go_on_from(fitted, config)
             yield Cell(name, k, seed, _dice(config))
+            fitted = config if (Path(config.storage) / config.name / "rankers").is_dir() else fitted
     steps = sum(stage.steps * stage.rounds for stage in load(one).stages)
     every = [
         "supervised",
@@ -98,19 +100,6 @@ def _cells(data: Path, common: list[str], seed: int, ks: list[int]) -> Iterator[
         f"name=study-{seed}-all",
     ]
     yield Cell("all labels", 0, seed, _dice(load([*every, f"stages.0.steps={steps}"])))
-
-
-def _go_on_from(base: RunConfig, config: RunConfig) -> None:
-    """Let a run find the first network trained; and the mask autoencoder, if an earlier run of the seed fitted one."""
-    folder, known = (Path(one.storage) / one.name for one in (config, base))
-    first, trained = plan(config, folder)[0], plan(base, known)[0]
-    if not first.checkpoint.is_dir():
-        first.folder.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(trained.checkpoint, first.checkpoint)
-        first.training(trained.training())
-    for other in sorted(known.parent.glob(f"study-{config.seed}-*/rankers/*")):
-        if not other.name.startswith(".") and not (folder / "rankers" / other.name).is_dir():
-            shutil.copytree(other, folder / "rankers" / other.name)
 
 
 def _dice(config: RunConfig) -> np.ndarray:

@@ -9,18 +9,17 @@ where they were cut off.
 """
 
 import argparse
-import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from ixi import split
 from scipy.stats import spearmanr
+from shared import go_on_from, split
 
 from onelabel.configs.load import load
-from onelabel.configs.schema import RunConfig
+from onelabel.configs.schema import RandomRankerConfig, RunConfig
 from onelabel.orchestrator.driver import run
 from onelabel.orchestrator.rounds import plan
 from onelabel.tasks.score import EXPECTED, columns_of
@@ -60,12 +59,14 @@ def _config(options: argparse.Namespace, age: int) -> RunConfig:
 
 
 def _scored(config: RunConfig, first: RunConfig) -> pa.Table:
-    """The scores of a run, which takes over the rankers' networks of the first one: they depend on the label alone."""
-    folder, known = (Path(one.storage) / one.name for one in (config, first))
-    if (known / "rankers").is_dir() and not (folder / "rankers").is_dir():
-        shutil.copytree(known / "rankers", folder / "rankers")
+    """The scores of a run, whose network other rankers may have scored before."""
+    base = config.model_copy(update={"name": f"{config.name}-base"})
+    base = base.model_copy(update={"stages": (base.stages[0].model_copy(update={"ranker": RandomRankerConfig()}),)})
+    run(base)
+    go_on_from(base, config)
+    go_on_from(first, config)  # the rankers' networks, which depend on the label alone
     run(config)
-    scores = plan(config, folder)[0].table("scores")
+    scores = plan(config, Path(config.storage) / config.name)[0].table("scores")
     assert scores is not None
     return scores.filter(pc.is_valid(scores["dice"]))
 
