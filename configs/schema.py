@@ -1,5 +1,6 @@
 """Every setting, its default and its rule. This page is the one home of defaults."""
 
+import math
 from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -91,7 +92,12 @@ class AutoencoderNetworkConfig(Base):
 
     type: Literal["autoencoder"] = "autoencoder"
     dims: Literal[2, 3] = Field(2, description="2: slice by slice along the shortest axis; 3: the whole mask")
-    size: int = Field(128, ge=64, description="edge to which slices (or volumes) are padded or cropped, a power of two")
+    pool: int = Field(
+        2, ge=1, description="voxels an axis of the blocks whose mean it sees; 1: every voxel, at 8 times the cost"
+    )
+    size: int = Field(
+        64, ge=64, description="edge to which slices (or volumes) of blocks are padded or cropped, a power of two"
+    )
     width: int = Field(32, ge=1, description="feature channels of the outer blocks")
     latent: int = Field(100, ge=1, description="channels of the latent")
     dropout: Probability = Field(0.5, description="dropout after every block")
@@ -357,6 +363,13 @@ class RunConfig(Base):
             raise ValueError(
                 f"grid.size {self.grid.size} leaves one voxel to normalise: some axis must exceed {divisor}"
             )
+        for one in (one for stage in self.stages for one in single_rankers(stage.ranker)):
+            seen = one.network.size * one.network.pool if isinstance(one, AutoencoderRankerConfig) else math.inf
+            if max(self.grid.size) > seen:
+                raise ValueError(
+                    f"grid.size {self.grid.size} exceeds the {seen} voxels that the ranker's autoencoder sees: double"
+                    " ranker.network.size or ranker.network.pool"
+                )
         bins = self.synthesis.bins
         labels = 1 + bins.background[1] + bins.foreground[1] * (self.network.classes - 1)
         if labels > MOST_LABELS:

@@ -7,7 +7,7 @@ import torch
 from onelabel.configs.schema import AutoencoderConfig
 from onelabel.models import losses
 from onelabel.models.learners.base import Learner, Progress, Samples
-from onelabel.models.networks.autoencoder import Autoencoder, one_hot, views
+from onelabel.models.networks.autoencoder import Autoencoder, views
 
 
 class AutoencoderLearner(Learner):
@@ -20,10 +20,9 @@ class AutoencoderLearner(Learner):
     def step(self, batch: Mapping[str, Samples], progress: Progress) -> dict[str, float]:
         """Learn from slices (or the whole) of the masks in the stream `train`."""
         shape = self.network.config
-        seen = torch.cat([views(mask, shape) for mask in batch["train"].label])
+        target = torch.cat([views(mask, shape) for mask in batch["train"].label])
         if shape.dims == 2:
-            seen = seen[torch.randperm(len(seen))[: self.base.slices].to(seen.device)]
-        target = one_hot(seen, shape.classes)
+            target = target[torch.randperm(len(target))[: self.base.slices].to(target.device)]
         self.network.train()
         with self.autocast():
             logits = self.network(target)

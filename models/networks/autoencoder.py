@@ -15,7 +15,7 @@ class Autoencoder(nn.Module):
     Blocks are convolution, batch normalisation, leaky ReLU 0.2 and dropout. At 256 voxels there are six halvings; a
     smaller size drops the outermost, so that the latent keeps its edge.
 
-    forward : one-hot mask (B, classes, *(size,) * dims) -> logits of the same shape
+    forward : shares of the classes (B, classes, *(size,) * dims) -> logits of the same shape
     """
 
     def __init__(self, config: AutoencoderNetworkConfig) -> None:
@@ -51,21 +51,32 @@ class Autoencoder(nn.Module):
         return logits
 
 
-def fit_to(mask: Tensor, edge: int, /) -> Tensor:
-    """Pad with zeros or crop, centred, to length `edge` on every axis after the first: (B, *any) -> (B, *edge)."""
+def fit_to(mask: Tensor, edge: int, /, *, dims: int) -> Tensor:
+    """Pad with zeros or crop, centred, to length `edge` on the last axes: (..., *any) -> (..., *edge)."""
     pads: list[int] = []
-    for length in reversed(mask.shape[1:]):
+    for length in reversed(mask.shape[-dims:]):
         before = (edge - length) // 2
         pads += [before, edge - length - before]
     return F.pad(mask, pads)
 
 
 def views(mask: Tensor, config: AutoencoderNetworkConfig, /) -> Tensor:
-    """What the network sees of a mask: (*size) int -> slices along the shortest axis (n, edge, edge), or (1, *edge)."""
-    if config.dims == 3:
-        return fit_to(mask[None], config.size)
-    shortest = min(range(mask.ndim), key=lambda axis: mask.shape[axis])
-    return fit_to(mask.movedim(shortest, 0), config.size)
+    """What the network sees of a mask: the share of each class in blocks of `pool` voxels an axis.
+
+    Parameters
+    ----------
+    mask : (*size) int
+
+    Returns
+    -------
+    (n, classes, edge, edge) float32, slices along the shortest axis; in 3D (1, classes, edge, edge, edge)
+    """
+    share = F.avg_pool3d(one_hot(mask[None], config.classes), config.pool, ceil_mode=True, count_include_pad=False)
+    if config.dims == 2:
+        shortest = min(range(mask.ndim), key=lambda axis: mask.shape[axis])
+        share = share[0].movedim(shortest + 1, 0)
+    structure = fit_to(share[:, 1:], config.size, dims=config.dims)
+    return torch.cat([1 - structure.sum(1, keepdim=True), structure], dim=1)
 
 
 def one_hot(mask: Tensor, classes: int, /) -> Tensor:

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from onelabel.models.networks.autoencoder import Autoencoder, one_hot, views
-from onelabel.models.rankers.base import Predict, Ranker, agreement
+from onelabel.models.networks.autoencoder import Autoencoder, views
+from onelabel.models.rankers.base import Predict, Ranker
 
 _SLICES = 16  # that the network sees at once
 
@@ -19,13 +19,13 @@ class AutoencoderRanker(Ranker):
 
     @torch.inference_mode()
     def score(self, image: Tensor, probability: Tensor, predict: Predict) -> Tensor:
-        """3D Dice of the foreground between mask and reconstruction."""
+        """Soft Dice of the foreground between mask and reconstruction: 2 sum(min(m, r)) / (sum(m) + sum(r))."""
         return torch.stack([self._score(mask) for mask in probability.argmax(1)])
 
     def _score(self, mask: Tensor) -> Tensor:
-        config = self.network.config
-        seen = views(mask, config)
-        seen = seen[seen.flatten(1).any(1)]  # what is empty counts neither for nor against a mask
+        seen = views(mask, self.network.config)
+        seen = seen[seen[:, 1:].flatten(1).any(1)]  # a slice without structure counts neither for nor against a mask
         with torch.autocast(mask.device.type, torch.bfloat16, enabled=self.bf16):
-            again = torch.cat([self.network(one_hot(part, config.classes)).argmax(1) for part in seen.split(_SLICES)])
-        return agreement(seen, again)
+            again = torch.cat([self.network(part) for part in seen.split(_SLICES)])
+        given, found = seen[:, 1:], again.float().softmax(1)[:, 1:]
+        return 2 * torch.minimum(given, found).sum() / (given.sum() + found.sum()).clamp(min=1)

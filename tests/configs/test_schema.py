@@ -108,6 +108,14 @@ def test_a_single_voxel_is_not_normalised() -> None:
     run(grid={"size": 16}, network={"norm": "group"})
 
 
+def test_a_ranker_sees_the_whole_grid() -> None:
+    of = {"data": {"labelled": "one.nii.gz", "unlabelled": "more"}, "grid": {"size": [96, 160, 128]}}
+    with pytest.raises(ConfigError, match="exceeds the 128 voxels that the ranker's autoencoder sees: double"):
+        run(stage(ranker={"type": "autoencoder"}), **of)
+    run(stage(ranker={"type": "autoencoder", "network": {"size": 128}}), **of)
+    run(stage(ranker={"type": "autoencoder", "network": {"pool": 4}}), **of)
+
+
 def test_there_are_at_most_255_labels() -> None:
     many = {"bins": {"foreground": 80, "background": [3, 60]}}
     run(synthesis=many)

@@ -140,7 +140,7 @@ def test_the_full_autoencoder_is_the_published_one() -> None:
 @pytest.mark.parametrize("edge", [16, 17])
 def test_padding_and_cropping_back_is_the_identity(shape: tuple[int, ...], edge: int) -> None:
     mask = torch.randint(1, 5, shape)
-    padded = fit_to(mask, edge)
+    padded = fit_to(mask, edge, dims=mask.ndim - 1)
     assert padded.shape == (shape[0], *[edge] * (len(shape) - 1))
     assert padded.sum() == mask.sum()
     for axis, length in enumerate(shape[1:], 1):
@@ -151,7 +151,7 @@ def test_padding_and_cropping_back_is_the_identity(shape: tuple[int, ...], edge:
 def test_cropping_keeps_the_centre() -> None:
     mask = torch.zeros(1, 20, 6)
     mask[0, 8:12, 2:4] = 1
-    cropped = fit_to(mask, 8)
+    cropped = fit_to(mask, 8, dims=2)
     assert cropped.shape == (1, 8, 8)
     assert cropped.sum() == mask.sum()
     assert cropped[0, 2:6, 3:5].all()
@@ -160,18 +160,34 @@ def test_cropping_keeps_the_centre() -> None:
 @pytest.mark.parametrize(("size", "shortest"), [((9, 20, 30), 0), ((20, 9, 30), 1), ((30, 20, 9), 2), ((8, 8, 8), 0)])
 def test_slices_run_along_the_shortest_axis(size: tuple[int, ...], shortest: int) -> None:
     mask = torch.randint(0, 2, size)
-    seen = views(mask, small())
-    assert seen.shape == (size[shortest], 64, 64)
+    seen = views(mask, small(pool=1))
+    assert seen.shape == (size[shortest], 2, 64, 64)
     first, second = [length for axis, length in enumerate(size) if axis != shortest]
-    back = seen[:, (64 - first) // 2 :, (64 - second) // 2 :][:, :first, :second]
-    assert torch.equal(back.movedim(0, shortest), mask)
+    back = seen[:, 1, (64 - first) // 2 :, (64 - second) // 2 :][:, :first, :second]
+    assert torch.equal(back.movedim(0, shortest), mask.float())
 
 
 def test_a_volume_is_one_view() -> None:
     mask = torch.randint(0, 2, (9, 20, 30))
-    seen = views(mask, small(dims=3))
-    assert seen.shape == (1, 64, 64, 64)
-    assert seen.sum() == mask.sum()
+    seen = views(mask, small(pool=1, dims=3))
+    assert seen.shape == (1, 2, 64, 64, 64)
+    assert seen[:, 1].sum() == mask.sum()
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("size", [(8, 20, 30), (9, 21, 31)])
+def test_a_block_is_seen_as_its_shares(dims: Any, size: tuple[int, ...]) -> None:
+    mask = torch.randint(0, 3, size)
+    seen = views(mask, small(pool=2, dims=dims, classes=3))
+    assert seen.shape == ((4 + size[0] % 2, 3, 64, 64) if dims == 2 else (1, 3, 64, 64, 64))
+    assert seen.sum(1) == pytest.approx(1)
+    whole = mask[:8, :20, :30]
+    shares = seen.movedim(1, 0).reshape(3, -1, 64, 64)
+    assert shares[1:, :, 27:37, 24:39].max() <= 1
+    block = whole[2:4, 4:6, 6:8]
+    place = (1 if dims == 2 else (64 - (size[0] + 1) // 2) // 2 + 1, *((64 - (n + 1) // 2) // 2 for n in size[1:]))
+    x, y, z = place[0], place[1] + 2, place[2] + 3
+    assert shares[:, x, y, z].tolist() == [(block == index).float().mean().item() for index in range(3)]
 
 
 def test_one_hot_is_one_at_the_class() -> None:
