@@ -1,6 +1,5 @@
 """Every setting, its default and its rule. This page is the one home of defaults."""
 
-import math
 from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -102,6 +101,11 @@ class AutoencoderNetworkConfig(Base):
     latent: int = Field(100, ge=1, description="channels of the latent")
     dropout: Probability = Field(0.5, description="dropout after every block")
     classes: int = Field(2, ge=2, description="mask classes, background included")
+
+    @property
+    def edge(self) -> int:
+        """Voxels of the largest grid that it sees as a whole."""
+        return self.size * self.pool
 
     @model_validator(mode="after")
     def _power_of_two(self) -> Self:
@@ -355,6 +359,16 @@ class RunConfig(Base):
     tracking: TrackingConfig = Field(TrackingConfig(), description="MLflow")
 
     @model_validator(mode="after")
+    def _seen(self) -> Self:
+        for one in (one for stage in self.stages for one in single_rankers(stage.ranker)):
+            if isinstance(one, AutoencoderRankerConfig) and max(self.grid.size) > one.network.edge:
+                raise ValueError(
+                    f"grid.size {self.grid.size} exceeds the {one.network.edge} voxels that the ranker's autoencoder"
+                    " sees: double ranker.network.size or ranker.network.pool"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _consistent(self) -> Self:
         divisor = self.network.divisor
         if any(n % divisor for n in self.grid.size):
@@ -363,13 +377,6 @@ class RunConfig(Base):
             raise ValueError(
                 f"grid.size {self.grid.size} leaves one voxel to normalise: some axis must exceed {divisor}"
             )
-        for one in (one for stage in self.stages for one in single_rankers(stage.ranker)):
-            seen = one.network.size * one.network.pool if isinstance(one, AutoencoderRankerConfig) else math.inf
-            if max(self.grid.size) > seen:
-                raise ValueError(
-                    f"grid.size {self.grid.size} exceeds the {seen} voxels that the ranker's autoencoder sees: double"
-                    " ranker.network.size or ranker.network.pool"
-                )
         bins = self.synthesis.bins
         labels = 1 + bins.background[1] + bins.foreground[1] * (self.network.classes - 1)
         if labels > MOST_LABELS:
