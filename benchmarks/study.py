@@ -1,17 +1,19 @@
 """Does it pay to choose pseudo-labels, and by which ranker? Self-training on the k best of each ranker, against chance.
 
-python benchmarks/study.py DATA [--storage runs] [--seeds 0,1,2] [--k 5,10,20,40] [--plot study.png] [key=value ...]
+python benchmarks/study.py DATA [--storage runs] [--seeds 0,1,2] [--k 5,10,20,40] [--vary 20] [--plot FILE] [key=value ...]
 
 DATA/ixi/participants.csv has columns key, split, image, mask; splits labelled, unlabelled, test. For each seed the
 first stage of `singlestrip` is trained once, and each ranker and k goes on from it with the same rounds of
-self-training; `all labels` trains on the true masks of the pool for as many steps. All is one Ray session at 4 mm, and
-the same command goes on where it was cut off. Prints Markdown: test Dice of each, its difference to no self-training
-and to chance with Wilcoxon's signed-rank test over test heads and seeds, corrected by Holm's method.
+self-training; so do recipes that differ from the preset's in one thing; `all labels` trains on the true masks of the
+pool for as many steps. All is one Ray session at 4 mm, and the same command goes on where it was cut off. Prints
+Markdown: test Dice of each, its difference to no self-training and to chance with Wilcoxon's signed-rank test over test
+heads and seeds, corrected by Holm's method.
 """
 
 import argparse
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +35,23 @@ RANKERS = {
     "posterior": "{type: posterior, passes: 4}",
     "fused": "{type: fused, rankers: [{type: autoencoder}, {type: posterior, passes: 4}]}",
     "oracle": "{type: oracle}",
+}
+DEFAULT = "posterior"  # of the recipes
+_PASSES = "stages.*.pseudo={views: {passes: 4}}"
+_TRAIN = "stages.1.streams.train"
+_OWN = "{type: synthetic, of: labelled, share: 0.5}"
+RECIPES = {
+    "real scans alone": [f"{_TRAIN}=[{_OWN}, {{type: real, of: selected, share: 0.5}}]"],
+    "synthesised from them alone": [f"{_TRAIN}=[{_OWN}, {{type: synthetic, of: selected, share: 0.5}}]"],
+    "mean over views": [_PASSES],
+    "soft labels": [_PASSES, f"{_TRAIN}.1.soft=true", f"{_TRAIN}.2.soft=true"],
+    "ignored rim": [_PASSES, f"{_TRAIN}.1.ignore=[0.2, 0.8]", f"{_TRAIN}.2.ignore=[0.2, 0.8]"],
+    "networks of three rounds": ["stages.*.pseudo={rounds: 3}"],
+    "projected masks": ["stages.*={ranker: {type: autoencoder}, pseudo: {project: true}}"],
+    "mean of weights": ["stages.1.learner.ema=0.99"],
+    "growing k": ["stages.0.select.k=5", "stages.1.select.k=[20, 40]"],
+    "four rounds, growing k": ["stages.0.select.k=5", "stages.1={rounds: 4, select: {k: [10, 20, 40]}}"],
+    "fresh start, twice the steps": ["stages.1={start: scratch, steps: 1500, learner: {learning_rate: 1.0e-3}}"],
 }
 # Okabe and Ito's colours
 COLOURS = dict(zip(RANKERS, ("#999999", "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#000000"), strict=True))
@@ -56,50 +75,47 @@ def main() -> None:
     parser.add_argument("--storage", type=Path, default=Path("runs"))
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--k", default="5,10,20,40")
+    parser.add_argument("--vary", type=int, default=20, help="k of the recipes; 0: none of them")
     parser.add_argument("--plot", type=Path, default=Path("study.png"))
     parser.add_argument("settings", nargs="*", help="key=value for all runs")
     options = parser.parse_args()
     seeds, ks = ([int(part) for part in text.split(",")] for text in (options.seeds, options.k))
     common = [*GRID, f"storage={options.storage}", *options.settings]
     with runtime.connect(load(["supervised", "data.labelled=none", *common]).compute):
-        cells = [cell for seed in seeds for cell in _cells(options.data, common, seed, ks)]
+        cells = [cell for seed in seeds for cell in _cells(options.data, common, seed, _ways(ks, options.vary))]
     sys.stdout.write(_table(cells) + "\n")
     _plot(cells, options.plot)
 
 
-def _cells(data: Path, common: list[str], seed: int, ks: list[int]) -> Iterator[Cell]:
+def _ways(ks: list[int], vary: int) -> Iterator[tuple[str, int, list[str]]]:
+    """Name, k and settings of all ways to train oneself."""
+    for name in RANKERS:
+        yield from ((name, k, _chosen(name, k)) for k in ks)
+    if vary:
+        yield from ((name, vary, [*_chosen(DEFAULT, vary), *settings]) for name, settings in RECIPES.items())
+
+
+def _chosen(ranker: str, k: int) -> list[str]:
+    return [f"stages.*={{ranker: {RANKERS[ranker]}, select: {{type: top_k, k: {k}}}}}"]
+
+
+def _cells(data: Path, common: list[str], seed: int, ways: Iterable[tuple[str, int, list[str]]]) -> Iterator[Cell]:
     """All runs of a seed."""
-    one = [
-        "singlestrip",
-        *split(data, labelled="labelled", unlabelled="unlabelled", test="test"),
-        f"seed={seed}",
-        *common,
-        "stages.1.rounds=2",
-    ]
+    pool = split(data, labelled="labelled", unlabelled="unlabelled", test="test")
+    one = ["singlestrip", *pool, f"seed={seed}", *common, "stages.1.rounds=2"]
     base = load([*one, f"name=study-{seed}-base", "stages.*.ranker={type: random}"])
     base = base.model_copy(update={"stages": base.stages[:1]})
     yield Cell("no self-training", 0, seed, _dice(base))
     fitted = base
-    for name, ranker in RANKERS.items():
-        for k in ks:
-            chosen = [
-                f"name=study-{seed}-{name}-{k}",
-                f"stages.*={{ranker: {ranker}, select: {{type: top_k, k: {k}}}}}",
-            ]
-            config = load([*one, *chosen])
-            go_on_from(base, config)
-            go_on_from(fitted, config)
-            yield Cell(name, k, seed, _dice(config))
-            fitted = config if (Path(config.storage) / config.name / "rankers").is_dir() else fitted
+    for name, k, settings in ways:
+        config = load([*one, f"name=study-{seed}-{re.sub(r'[^a-z]+', '-', name)}-{k}", *settings])
+        go_on_from(base, config)
+        go_on_from(fitted, config)
+        yield Cell(name, k, seed, _dice(config))
+        fitted = config if (Path(config.storage) / config.name / "rankers").is_dir() else fitted
     steps = sum(stage.steps * stage.rounds for stage in load(one).stages)
-    every = [
-        "supervised",
-        *split(data, labelled="unlabelled", test="test"),
-        f"seed={seed}",
-        *common,
-        f"name=study-{seed}-all",
-    ]
-    yield Cell("all labels", 0, seed, _dice(load([*every, f"stages.0.steps={steps}"])))
+    every = ["supervised", *split(data, labelled="unlabelled", test="test"), f"seed={seed}", *common]
+    yield Cell("all labels", 0, seed, _dice(load([*every, f"name=study-{seed}-all", f"stages.0.steps={steps}"])))
 
 
 def _dice(config: RunConfig) -> np.ndarray:
