@@ -17,7 +17,7 @@ import jinja2
 
 from onelabel import __version__
 from onelabel.errors import SCAN_FAULTS, ClusterError, DataError, sentence
-from onelabel.orchestrator import plots, sections, status
+from onelabel.orchestrator import plots, sections, status, trust
 from onelabel.orchestrator.report import Picture
 from onelabel.orchestrator.sections import Run, Section
 from onelabel.orchestrator.tracking import PastRun
@@ -33,7 +33,8 @@ COLOURS = {plots.INK: "currentColor", plots.BLUE: "var(--blue)", plots.VERMILLIO
 SECTIONS: dict[str, Callable[[Run], Section]] = {
     "Rounds": sections.rounds,
     "Losses": sections.losses,
-    "Scores": sections.ranking,
+    "Scores": trust.ranking,
+    "Expected Dice": trust.expectation,
     "Scans": sections.scans,
     "What the network was trained on": sections.material,
     "Speed and waiting": sections.throughput,

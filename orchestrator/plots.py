@@ -80,6 +80,27 @@ class Ranked:
         return bool(np.isfinite(self.dice[np.isfinite(self.score)]).all())
 
 
+@dataclass(frozen=True)
+class Expected:
+    """The Dice to expect of a round's masks with its interval, and the true one, (n,); NaN where unknown.
+
+    bad : a mask of which less is expected is flagged
+    """
+
+    round: str
+    bad: float
+    expected: Values
+    low: Values
+    high: Values
+    dice: Values
+
+    @property
+    def known(self) -> "Expected":
+        """Only the masks of which both are known."""
+        rows = np.isfinite(self.expected) & np.isfinite(self.dice)
+        return Expected(self.round, self.bad, *(part[rows] for part in (self.expected, self.low, self.high, self.dice)))
+
+
 def curves(
     name: str, groups: Mapping[str, Sequence[Curve]], /, *, title: str, ylabel: str, percent: bool = False
 ) -> Picture:
@@ -152,6 +173,33 @@ def against_dice(name: str, ranked: Ranked, /, *, axis: str, like: Sequence[Rank
         axes.locator_params(axis="x", nbins=TICKS)
 
     return _draw(name, draw, alt=f"Score against true Dice. {'. '.join(lines)}.")
+
+
+def reliability(name: str, found: Expected, /) -> Picture:
+    """Draw true against expected Dice, with the mean absolute error in the title; on the diagonal they are equal."""
+    known = found.known
+    error = float(np.abs(known.expected - known.dice).mean())
+    inside = float(((known.low <= known.dice) & (known.dice <= known.high)).mean())
+    lines = [
+        f"{found.round}: {len(known.dice)} scans",
+        f"mean absolute error {error:.3f}, {inside:.0%} inside the bars",
+    ]
+
+    def draw(axes: Axes) -> None:
+        spread = np.clip([known.expected - known.low, known.high - known.expected], 0, None)
+        axes.errorbar(
+            known.expected, known.dice, xerr=spread, fmt="o", ms=4, color=BLUE, ecolor=BLUE, elinewidth=0.6, alpha=0.6
+        )
+        limits = _limits([known.expected, known.dice])
+        axes.plot(limits, limits, color=INK, alpha=0.5, lw=0.8, ls="--")
+        if limits[0] < found.bad < limits[1]:
+            axes.axvline(found.bad, color=VERMILLION, lw=0.8, label=f"flagged below {found.bad}")
+        axes.set(title="\n".join(lines), xlabel="expected Dice", ylabel="Dice with the true mask")
+        axes.set_xlim(limits)
+        axes.set_ylim(limits)
+        axes.locator_params(nbins=TICKS)
+
+    return _draw(name, draw, alt=f"Expected against true Dice. {'. '.join(lines)}.")
 
 
 def distribution(name: str, ranked: Ranked, /, *, axis: str) -> Picture:

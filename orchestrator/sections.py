@@ -27,7 +27,6 @@ from onelabel.tasks.cohort import open_cohort
 MOST_TILES = 24
 MOST_ROWS = 1000  # of a table of scans
 NAMED_FAULTS = 3
-ENOUGH_SCANS = 3  # for a plot
 SAMPLES = 9
 Fact = tuple[str, str, str]  # a title, a figure, more about it
 METRICS = ("loss", "steps_per_s", "wait_share", "idle_share")
@@ -78,7 +77,7 @@ class Scored:
     @property
     def ranked(self) -> Ranked:
         """What the plots show."""
-        score, dice = (_numbers(self.table, name) for name in ("score", "dice"))
+        score, dice = (numbers(self.table, name) for name in ("score", "dice"))
         return Ranked(self.round.folder.name, score, dice, self.selected)
 
 
@@ -133,7 +132,7 @@ def facts(run: Run, /) -> list[Fact]:
         judged = [place for place, one in enumerate(now) if one.figure(cohort, "dice_mean") is not None]
         scans = run.rounds[judged[-1]].table(table) if judged else None
         if scans is not None:
-            dice = _numbers(scans, "dice")
+            dice = numbers(scans, "dice")
             dice = dice[np.isfinite(dice)]
             more = f"{len(dice)} scans with a true mask, SD {dice.std():.3f}, worst {dice.min():.3f}"
             found.append((f"mean Dice, {cohort} scans, {now[judged[-1]].name}", f"{dice.mean():.3f}", more))
@@ -167,48 +166,6 @@ def losses(run: Run, /) -> Section:
     every = run.config.tracking.every
     about = f"Thin: as logged, means of {every} steps. Thick: moving mean. Dotted: where a round begins."
     return Section(about, [f"No loss was logged for {', '.join(silent)}."] if silent else [], pictures)
-
-
-def ranking(run: Run, /) -> Section:
-    """Scores against true Dice; where truths are unknown, how the scores are distributed."""
-    if not run.scored:
-        return Section(notes=["No round has scored masks yet."])
-    faults: dict[str, list[str]] = defaultdict(list)
-    pictures = []
-    judged = [one.ranked.known for one in run.scored if not _no_correlation(one.ranked)]
-    for one in run.scored:
-        ranked, ranker = one.ranked, one.round.stage.ranker
-        axis = f"score of the mask ({ranker.type})" if ranker else "score of the mask"
-        fault = _no_distribution(ranked)
-        if not fault and not (fault := _no_correlation(ranked)):
-            pictures.append(plots.against_dice(f"{ranked.round}-score-and-dice", ranked, axis=axis, like=judged))
-        if fault:
-            faults[fault].append(ranked.round)
-        if not _no_distribution(ranked) and not ranked.all_known:
-            pictures.append(plots.distribution(f"{ranked.round}-scores", ranked, axis=axis))
-    about = (
-        "A score ranks the masks of one round and is no estimate of their Dice. Among masks of like quality any"
-        " correlation is small. CI: confidence interval by Fisher's transformation."
-    )
-    return Section(about, [f"{', '.join(names)}: {fault}" for fault, names in faults.items()], pictures)
-
-
-def _no_distribution(ranked: Ranked) -> str:
-    """Why the scores cannot be plotted, or nothing."""
-    score = ranked.score[np.isfinite(ranked.score)]
-    if len(score) < ENOUGH_SCANS:
-        return f"{_count(len(score))} a score, too few for a plot."
-    return f"all {len(score)} scores are {score[0]:.3f}, so they rank nothing." if np.ptp(score) == 0 else ""
-
-
-def _no_correlation(ranked: Ranked) -> str:
-    """Why score and Dice cannot be compared, or nothing."""
-    score, dice = ranked.known.score, ranked.known.dice
-    if not len(dice):
-        return "no scan has both a score and a true mask, so nothing says how far the ranking is right."
-    if len(dice) < ENOUGH_SCANS:
-        return f"{_count(len(dice))} a score and a true mask, too few for a correlation."
-    return "" if np.ptp(score) > 0 and np.ptp(dice) > 0 else f"{len(dice)} scans have one and the same score or Dice."
 
 
 def scans(run: Run, /) -> Section:
@@ -271,7 +228,8 @@ def _truths(run: Run) -> tuple[dict[str, str], list[str]]:
 def _scan_table(table: pa.Table, selected_in: Mapping[str, Sequence[str]]) -> Table:
     """The figures of all scans, as far as there are any."""
     scores = [name for name in table.column_names if name.startswith("score")]
-    measures = ("dice", "hd95_mm", "asd_mm")
+    expected = [name for name in ("expected_dice", "expected_low", "expected_high") if name in table.column_names]
+    measures = (*expected, "dice", "hd95_mm", "asd_mm")
     rows = [
         (
             row["key"],
@@ -281,7 +239,8 @@ def _scan_table(table: pa.Table, selected_in: Mapping[str, Sequence[str]]) -> Ta
         )
         for row in table.slice(0, MOST_ROWS).to_pylist()
     ]
-    columns = ("scan", *(name.replace("_", " ") for name in scores), "Dice", "HD95, mm", "ASD, mm", "volume, ml")
+    names = [name.replace("_", " ").replace("dice", "Dice") for name in (*scores, *expected)]
+    columns = ("scan", *names, "Dice", "HD95, mm", "ASD, mm", "volume, ml")
     some = f"the {MOST_ROWS} lowest scores of {len(table)}" if len(table) > MOST_ROWS else f"all {len(table)}"
     return Table((*columns, "selected in rounds"), rows, folded=f"Table of {some}").without_gaps()
 
@@ -364,8 +323,10 @@ def settings(run: Run, /) -> Section:
     return Section(about, tables=[Table(("key", "value", "default"), rows)], text=without_password(text))
 
 
-def _numbers(table: pa.Table, column: str) -> plots.Values:
-    """A column, (n,), NaN where unknown."""
+def numbers(table: pa.Table, column: str) -> plots.Values:
+    """A column, (n,), NaN where unknown or where the table has no such column."""
+    if column not in table.column_names:
+        return np.full(len(table), np.nan)
     values: plots.Values = table[column].to_numpy().astype(float)
     return values
 
@@ -375,13 +336,9 @@ def _curve(name: str, logged: Mapping[int, float], *, begin: int = 0) -> Curve:
 
 
 def _worst_first(table: pa.Table) -> pa.Table:
-    score = np.nan_to_num(_numbers(table, "score"), nan=-np.inf)
+    score = np.nan_to_num(numbers(table, "score"), nan=-np.inf)
     return table.take(np.lexsort((table["key"].to_numpy().astype(str), score)))
 
 
 def _scaled(value: float | None, factor: float) -> float | None:
     return None if value is None else value * factor
-
-
-def _count(scans: int) -> str:
-    return "1 scan has" if scans == 1 else f"{scans or 'no'} scans have"

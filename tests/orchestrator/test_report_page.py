@@ -123,6 +123,7 @@ def score(data: Path, masks: Path, scans: dict[str, tuple[float | None, float | 
     for place, (key, (value, dice)) in enumerate(scans.items()):
         mask = write_head(masks, f"mask{place}", radius=0.2)["label"]
         row = {"key": key, "image": str(data / f"scan{place}_image.nii.gz"), "mask": mask}
+        row |= {"expected_dice": 0.95 - 0.01 * place, "expected_low": 0.8, "expected_high": 0.97}
         rows.append(row | {"score": value, "dice": dice, "volume_mm3": 1.5e6, "hd95_mm": 3.0, "asd_mm": 1.0})
     rows.append({"key": "broken", "image": "x.nii", "error": f"DataError: {HOSTILE} is damaged"})
     return pa.Table.from_pylist(rows, schema=SCHEMA)
@@ -175,6 +176,13 @@ def test_all_parts_are_there(whole: Page) -> None:
         assert sum(words in plot for plot in plots) == 1
     assert sum("Spearman 0.80" in plot and "Pearson" in plot for plot in plots) == 2  # a round each
     assert "2 of 2" in whole.html and "0.858" in whole.html  # mean Dice
+
+
+def test_what_was_expected_is_held_against_the_truth(whole: Page) -> None:
+    # 0.95, 0.94, ... of 0.95, 0.91, 0.93, 0.7, 0.8
+    plots = [value for value in whole.attributes("aria-label") if "Expected against true Dice" in value]
+    assert len(plots) == 2 and all("5 scans. mean absolute error 0.074, 80% inside the bars" in plot for plot in plots)
+    assert "round-01: a Dice below 0.9 is expected of 0 of 6 masks" in whole.words("Expected Dice")
 
 
 def test_nothing_is_fetched(whole: Page) -> None:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from onelabel.orchestrator import plots
-from onelabel.orchestrator.plots import Curve, Ranked
+from onelabel.orchestrator.plots import Curve, Expected, Ranked
 from onelabel.orchestrator.report import Picture
 
 RNG = np.random.default_rng(0)
@@ -29,6 +29,9 @@ PLOTS = {
     "zeros": lambda: plots.curves("none", {"": [Curve("a", np.arange(9.0), np.zeros(9))]}, title="Zero", ylabel="loss"),
     "shares": lambda: plots.curves("s", {"waits": ROUNDS, "idles": []}, title="Shares", ylabel="%", percent=True),
     "scatter": lambda: plots.against_dice("dice", (one := ranked()), axis="score (random)", like=[one]),
+    "reliability": lambda: plots.reliability(
+        "sure", Expected("round-07", 0.7, *np.linspace(0.6, 0.9, 24).reshape(4, 6))
+    ),
     "histogram": lambda: plots.distribution("scores", ranked(truths=4), axis="score (random)"),
 }
 
