@@ -182,7 +182,7 @@ def test_what_was_expected_is_held_against_the_truth(whole: Page) -> None:
     # 0.95, 0.94, ... of 0.95, 0.91, 0.93, 0.7, 0.8
     plots = [value for value in whole.attributes("aria-label") if "Expected against true Dice" in value]
     assert len(plots) == 2 and all("5 scans. mean absolute error 0.072, 80% inside the bars" in plot for plot in plots)
-    assert "round-01: a Dice below 0.9 is expected of 0 of 6 masks" in whole.words("Expected Dice")
+    assert "round-01: 0 of 6 masks are expected to have a Dice below 0.9." in whole.words("Expected Dice")
 
 
 def test_nothing_is_fetched(whole: Page) -> None:
