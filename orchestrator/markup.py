@@ -40,7 +40,7 @@ def embed(picture: Picture, /) -> str:
     alt = html.escape(picture.alt)
     if not picture.plot:
         data = base64.b64encode(picture.data).decode()
-        return f'<img alt="{alt}" src="data:image/png;base64,{data}">'
+        return f'<img alt="{alt}" decoding="async" src="data:image/png;base64,{data}">'
     text = picture.data.decode()
     head, _, body = text[text.index("<svg") :].partition(">")
     (box,) = re.findall(r'viewBox="[^"]*"', head)
