@@ -21,6 +21,7 @@ TEMPLATE = "qc.html.j2"
 MOST_CARDS = 1000  # of scans that failed, and of those that did not
 NAMED_REASONS = 3
 ENOUGH_SCANS = 3  # for a plot
+NUMBER = re.compile(r"[(\[]*\d[\d., \])]*")  # or several
 BATCH_ROWS = 64  # read at a time, with their pictures
 
 SECONDS = ("seconds_load", "seconds_predict", "seconds_trust", "seconds_save")
@@ -124,8 +125,8 @@ def _facts(table: pa.Table, failed: plots.Rows) -> list[Fact]:
     count, masks = table.num_rows, int((~failed).sum())
     flagged = int((table["flag"].to_numpy() & ~failed).sum())
     facts = [
-        ("stripped", f"{masks} of {count}", _middle(table, "volume_ml", "median volume {:.0f} ml")),
-        ("flagged", str(flagged), f"{flagged / masks:.1%} of the masks: look at them first" if masks else ""),
+        ("stripped", f"{masks} of {count}", _middle(table, "volume_ml", "median volume {:,.0f} ml")),
+        ("flagged", str(flagged), f"{flagged / masks:.1%} of the masks" if masks else ""),
         ("failed", str(count - masks), f"{(count - masks) / count:.1%} of the scans have no mask" if count else ""),
     ]
     expected = _middle(table, "expected_dice", "{:.3f}")
@@ -148,7 +149,7 @@ def _known(table: pa.Table, column: str) -> plots.Values:
 
 
 def _reasons(table: pa.Table) -> list[tuple[int, str, str]]:
-    """How many scans, whether they failed or are flagged, and why; the most common first.
+    """How many scans, whether they failed or are flagged, and why; of each the most common, first the failures.
 
     Errors that differ in a scan's path or in numbers alone are of one kind, for which the first one speaks.
     """
@@ -158,10 +159,14 @@ def _reasons(table: pa.Table) -> list[tuple[int, str, str]]:
     for batch in few.to_batches(max_chunksize=BATCH_ROWS):
         for row in batch.to_pylist():
             for state, words in _why(row):
-                kind = state, re.sub(r"\d[\d.,]*", "#", words)
+                kind = state, NUMBER.sub("#", words)
                 found[kind] += 1
                 first.setdefault(kind, words)
-    return [(count, kind[0], first[kind]) for kind, count in found.most_common(NAMED_REASONS)]
+    return [
+        (count, state, first[kind])
+        for state in ("failed", "flagged")
+        for kind, count in [one for one in found.most_common() if one[0][0] == state][:NAMED_REASONS]
+    ]
 
 
 def _why(row: Row) -> Iterator[tuple[str, str]]:
@@ -175,7 +180,10 @@ def _plots(table: pa.Table, failed: plots.Rows) -> list[Picture]:
     """How volumes and expected Dice are distributed, where enough of them are known."""
     pictures = []
     flagged = table["flag"].to_numpy()
-    for column, title, axis in (("volume_ml", "Volumes", "volume, ml"), ("expected_dice", "Trust", "expected Dice")):
+    for column, title, axis in (
+        ("volume_ml", "Volume", "volume, ml"),
+        ("expected_dice", "Expected Dice", "expected Dice"),
+    ):
         values = table[column].to_numpy()
         known = np.isfinite(values) & ~failed
         if known.sum() >= ENOUGH_SCANS:
