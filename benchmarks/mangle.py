@@ -279,6 +279,8 @@ ODD: Content = {
     "fine": lambda head: _resampled(head, [FINE_MM] * 3, FINE_VOXELS),
     "thick_slices": lambda head: _resampled(head, [*np.linalg.norm(head.affine[:3, :2], axis=0), THICK_MM]),
     "two_slices": lambda head: nifti(head, head.data[:, :, head.data.shape[2] // 2 :][:, :, :2]),
+    "wrong_size_of_header.nii": lambda head: nifti(head, sizeof_hdr=999),
+    "voxels_of_no_size": lambda head: nifti(head, codes=(0, 0), pixdim=[1, 0, 0, 0, 0, 0, 0, 0]),
     "trailing_garbage": lambda head: nifti(head) + b"garbage" * 99,
     "extension": lambda head: nifti(head, extra=b"\1\0\0\0" + np.array([32, 6], "<i4").tobytes() + b"words".ljust(24)),
     "trailing_garbage_behind_gzip.nii.gz": lambda head: _packed(head) + bytes(99),
@@ -307,7 +309,6 @@ DAMAGED: Content = {
     "axis_of_none": lambda head: _shape(head, [0, *head.data.shape[1:]]),
     "axis_of_less": lambda head: _shape(head, [-5, *head.data.shape[1:]]),
     "no_axes": lambda head: _shape(head, []),
-    "wrong_size_of_header.nii": lambda head: nifti(head, sizeof_hdr=999),
     "wrong_magic.nii": lambda head: nifti(head, magic=b"abc"),
     "unknown_type": lambda head: nifti(head, datatype=77),
     "wrong_type": lambda head: nifti(head, datatype=64, bitpix=64),
@@ -332,7 +333,6 @@ DAMAGED: Content = {
     "singular": lambda head: nifti(head, affine=head.affine @ np.diag([1, 0, 1, 1])),
     "affine_nan": lambda head: nifti(head, affine=head.affine * np.nan),
     "affine_zero": lambda head: nifti(head, affine=0 * head.affine),
-    "voxels_of_no_size": lambda head: nifti(head, codes=(0, 0), pixdim=[1, 0, 0, 0, 0, 0, 0, 0]),
 }  # fmt: skip
 # What stands where a scan should be.
 PLACES: dict[str, Callable[[Path, Head], Path]] = {
