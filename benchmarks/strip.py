@@ -1,6 +1,6 @@
 """onelabel beside what else pip installs for skull-stripping: speed, memory and Dice, side by side in one run.
 
-python benchmarks/strip.py DATA --checkpoint RUN [--peers peers/bin/python] [--tools ...] [--scans N] [--most N] [--rounds N]
+python benchmarks/strip.py DATA --checkpoint RUN [--peers peers/bin/python] [--tools ...] [--scans N] [--most N]
 
 DATA holds ixi/ (participants.csv with columns key, split, image, mask) and contrasts/ (key, contrast, image, mask).
 Each tool runs in processes of its own, with one thread on one core, and the tools take turns at being first. Speed and
