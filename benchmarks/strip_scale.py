@@ -2,9 +2,9 @@
 
 python benchmarks/strip_scale.py --checkpoint RUN [--scans 100 HEAD...] [--tiny 2000] [--rounds N] [--out FOLDER]
 
-Prints Markdown. Throughput: the given heads, again and again under other names until there are as many as asked for; by
-the whole command's time, start included, and from mask to mask without the first and the last ones. Memory: tiny volumes,
-and a plot of the driver's resident memory over the masks done, memory.png in the folder.
+Prints Markdown. Throughput: the given heads, again and again under other names until there are as many as asked for;
+by the whole command's time, start included, and from mask to mask without the first and the last ones. Memory: tiny
+volumes, and a plot of the driver's resident memory over the masks done, memory.png in the folder.
 """
 
 import argparse
