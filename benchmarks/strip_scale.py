@@ -125,8 +125,8 @@ def _memory(scans: Path, checkpoint: Path, out: Path) -> str:
 
     _strip(scans, checkpoint, masks, max(WORKERS), look)
     done, used_mb = np.array(seen, float).T
-    settled = done > SETTLED * done.max()
-    slope = np.polyfit(done[settled], used_mb[settled], 1)[0] if np.ptp(done[settled]) else np.nan
+    settled = (done > SETTLED * done.max()) & (done < done.max())
+    slope = np.polyfit(done[settled], used_mb[settled], 1)[0] if len(np.unique(done[settled])) > 1 else np.nan
     _draw(done, used_mb, out / "memory.png")
     lines = ["| masks done | resident memory of the driver, MB |", "|---|---|"]
     for place in np.unique(np.linspace(0, len(done) - 1, POINTS).astype(int)):

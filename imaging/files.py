@@ -42,10 +42,10 @@ def read(image: SpatialImage, /, *, dtype: type[np.floating[Any]] | None) -> NDA
         raise DataError(
             f"{image.get_filename()} has voxels of type {image.get_data_dtype()}: only real numbers are images."
         )
-    proxy = image.dataobj
-    if type(proxy) is not ArrayProxy:
+    proxy, name = image.dataobj, image.file_map.get("image")
+    if type(proxy) is not ArrayProxy or name is None or name.filename is None:
         return np.asarray(proxy, dtype)
-    path = Path(image.file_map["image"].filename)
+    path = Path(name.filename)
     ending = path.suffix.lower()
     packed = ending in PACKED
     need = proxy.offset + math.prod(proxy.shape) * proxy.dtype.itemsize
