@@ -23,6 +23,7 @@ from nibabel.spatialimages import HeaderDataError, ImageDataError, SpatialImage
 from numpy.typing import DTypeLike, NDArray
 
 from onelabel.errors import DataError
+from onelabel.imaging import files
 from onelabel.imaging.resample import resample
 
 log = logging.getLogger(__name__)
@@ -104,7 +105,7 @@ def load(path: str | Path, /, *, labels: bool = False) -> Volume:
     image = _open(path)
     try:
         with np.errstate(over="ignore", invalid="ignore"):  # what overflows is not finite, and checked below
-            data = np.asarray(image.dataobj, dtype=None if labels else np.float32)
+            data = files.read(image, dtype=None if labels else np.float32)
     except _UNREADABLE as error:
         raise DataError(f"{path} cannot be read to its end ({error}): it is damaged, get it again.") from error
 
@@ -313,9 +314,7 @@ def _open(path: Path) -> SpatialImage:
 
 
 def _as_3d(data: NDArray[Any], path: Path) -> NDArray[Any]:
-    """Drop trailing axes of length one; what remains must be a volume of real numbers."""
-    if data.dtype.kind not in "biuf":
-        raise DataError(f"{path} has voxels of type {data.dtype}: only real numbers are images.")
+    """Drop trailing axes of length one; what remains must be a volume."""
     shape = data.shape
     while data.ndim > 3 and data.shape[-1] == 1:
         data = data[..., 0]

@@ -48,6 +48,7 @@ STYLE: dict[Any, Any] = {
 }
 
 Values = NDArray[np.float64]
+Rows = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -205,18 +206,31 @@ def reliability(name: str, found: Expected, /) -> Picture:
 def distribution(name: str, ranked: Ranked, /, *, axis: str) -> Picture:
     """Draw how many scans have which score, the selected ones on top."""
     known = np.isfinite(ranked.score)
-    parts = [ranked.score[known & ~ranked.selected], ranked.score[known & ranked.selected]]
-    edges = np.histogram_bin_edges(ranked.score[known], bins=int(np.clip(2 * np.sqrt(known.sum()), 8, 50)))
+    parts = {"not selected": ranked.score[known & ~ranked.selected], "selected": ranked.score[known & ranked.selected]}
+    return histogram(name, parts, title=f"{ranked.round}: {known.sum()} scans", axis=axis)
+
+
+def histogram(name: str, parts: Mapping[str, Values], /, *, title: str, axis: str) -> Picture:
+    """Draw how many scans have which value.
+
+    Parameters
+    ----------
+    parts : finite values of the scans by group, of which there may be two; the second stands on top of the first
+    axis : what the values are called, with their unit
+    """
+    values = np.concatenate([*parts.values()])
+    edges = np.histogram_bin_edges(values, bins=int(np.clip(2 * np.sqrt(len(values)), 8, 50)))
 
     def draw(axes: Axes) -> None:
-        axes.hist(parts, edges.tolist(), stacked=True, color=[BLUE, VERMILLION], label=["not selected", "selected"])
-        axes.set(title=f"{ranked.round}: {known.sum()} scans", xlabel=axis, ylabel="number of scans")
+        axes.hist([*parts.values()], edges.tolist(), stacked=True, color=[BLUE, VERMILLION], label=[*parts])
+        axes.set(title=title, xlabel=axis, ylabel="number of scans")
         axes.locator_params(axis="x", nbins=TICKS)
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
 
-    low, middle, high = np.quantile(ranked.score[known], (0, 0.5, 1))
-    figures = f"lowest {low:.3f}, median {middle:.3f}, highest {high:.3f}; {len(parts[1])} scans are selected"
-    return _draw(name, draw, alt=f"Distribution of the scores of {ranked.round}: {figures}.")
+    low, middle, high = np.quantile(values, (0, 0.5, 1))
+    counts = ", ".join(f"{len(part)} {label}" for label, part in parts.items())
+    figures = f"lowest {low:.4g}, median {middle:.4g}, highest {high:.4g}; {counts}"
+    return _draw(name, draw, alt=f"Distribution of the {axis}. {title}: {figures}.")
 
 
 def _draw(name: str, draw: Callable[[Axes], None], *, alt: str) -> Picture:

@@ -143,7 +143,7 @@ def open_cohort(
     Raises
     ------
     DataError
-        There is no such source, nothing in it, a column or label is missing, or keys are not unique.
+        There is no such source, nothing in it, a column or label is missing, keys are not unique, or a name is no text.
     """
     path = Path(source).expanduser().absolute()
     rows = _find_rows(path, source)
@@ -168,7 +168,10 @@ def open_cohort(
     if require_labels:
         _check_labels(table, path)
     present = pa.schema([*SCHEMA, *(pa.field(name, kind) for name, kind in SCORED.items() if name in columns)])
-    return Cohort(pa.Table.from_pylist(table, schema=present))
+    try:
+        return Cohort(pa.Table.from_pylist(table, schema=present))
+    except UnicodeEncodeError as error:
+        raise DataError(f"{ascii(error.object)} is no text in UTF-8: rename the file.") from None
 
 
 def _find_rows(path: Path, source: str | Path) -> list[Row]:

@@ -283,3 +283,12 @@ def test_labelled_cohorts_can_be_loaded(tmp_path: Path) -> None:
     nib.save(nib.Nifti1Image((data > 0.5).astype(np.uint8), np.eye(4)), tmp_path / "x_mask.nii.gz")
     (row,) = open_cohort(tmp_path / "x.nii.gz", require_labels=True).rows()
     assert load_labelled(row["image"], row["label"])[0].shape == (4, 5, 6)
+
+
+def test_a_name_that_is_no_text_is_named(tmp_path: Path) -> None:
+    try:
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.nii.gz")).touch()
+    except OSError:
+        pytest.skip("the file system wants UTF-8")
+    with pytest.raises(DataError, match=r"caf.udce9.* is no text in UTF-8"):
+        open_cohort(tmp_path)
