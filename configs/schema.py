@@ -263,32 +263,10 @@ def single_rankers(config: RankerConfig | None, /) -> tuple[SingleRankerConfig, 
     return config.rankers if isinstance(config, FusedRankerConfig) else (config,)
 
 
-HARD = SynthesisConfig.model_validate(
-    {
-        "deform": {"rotate_deg": 60, "scale": (0.6, 1.5), "translate_mm": 30, "warp_mm": (0, 14)},
-        "intensity": {"real": 0.4},
-        "strip": {"probability": 0.3, "border_mm": (-12, 30)},
-        "augment": {
-            "bias": {"strength": (0, 0.95)},
-            "gamma": {"log_exponent": (-1.2, 1.2)},
-            "blur": {"fwhm_mm": (0, 12)},
-            "low_resolution": {"probability": 0.6, "spacing_mm": (2, 16)},
-            "motion": {"probability": 0.3},
-            "lines": {"probability": 0.3, "count": (1, 15)},
-            "noise": {"sd": (0, 0.3)},
-            "crop": {"probability": 0.5, "share": (0, 0.5)},
-        },
-    }
-)
-
-
 class ExpectConfig(Base):
     """The Dice to expect of a mask, learned from the network's masks of synthetic images, whose truth is known."""
 
-    images: int = Field(0, ge=0, description="synthetic images, some 64; 0: no expected Dice")
-    synthesis: SynthesisConfig = Field(
-        HARD, description="how they are made: harder than what the network learned from, so that masks fail too"
-    )
+    images: int = Field(48, ge=0, description="synthetic images, made as for training; 0: no expected Dice")
     bad: Probability = Field(0.9, description="a mask whose expected Dice is lower is flagged")
 
 

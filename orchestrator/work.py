@@ -86,7 +86,7 @@ class Work:
 
     def probes(self, config: ExpectConfig) -> scoring.Probes:
         """Synthetic images of the labelled scans."""
-        return scoring.Probes(tuple(self._scans("labelled", self.cohorts.labelled)[0]), config)
+        return scoring.Probes(tuple(self._scans("labelled", self.cohorts.labelled)[0]), self.config.synthesis, config)
 
     def score(self, now: Round, name: str, cohort: Cohort, ranker: RankerConfig | None = None) -> pa.Table:
         """Masks and scores of a cohort, unless an earlier attempt wrote them."""

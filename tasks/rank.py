@@ -142,7 +142,7 @@ class Judge:
 
     def _probe(self, number: int) -> dict[str, float]:
         """Scores and Dice of the damaged mask of a synthetic image."""
-        scans, config = self.task.probes.scans, self.task.probes.config.synthesis
+        scans, config = self.task.probes.scans, self.task.probes.synthesis
         scan, spacing_mm = ray.get(scans[number % len(scans)]), self.task.grid.spacing_mm
         generator = random.generator(self.task.seed, "probe", number)
         params = synthesis.sample_params(scan, config, spacing_mm=spacing_mm, generator=generator)

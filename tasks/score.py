@@ -15,6 +15,7 @@ import ray.data
 import torch
 import torch.nn.functional as F
 
+from onelabel.configs.augmentation import SynthesisConfig
 from onelabel.configs.schema import (
     ComputeConfig,
     ExpectConfig,
@@ -66,6 +67,7 @@ class Probes:
     """Synthetic images of scans (references to BinnedScan), to learn what Dice a score speaks for."""
 
     scans: tuple[Any, ...]
+    synthesis: SynthesisConfig
     config: ExpectConfig
 
 
@@ -239,7 +241,7 @@ class Scorer:
     def _probe(self, number: int) -> dict[str, float]:
         """Scores and Dice of the mask of a synthetic image."""
         assert self.task.probes
-        scans, config = self.task.probes.scans, self.task.probes.config.synthesis
+        scans, config = self.task.probes.scans, self.task.probes.synthesis
         scan = ray.get(scans[number % len(scans)])
         spacing_mm = self.predictor.grid.spacing_mm
         generator = random.generator(self.task.seed, "probe", number)

@@ -76,7 +76,10 @@ def fit(
 
 
 def fit_map(score: NDArray[np.float64], dice: NDArray[np.float64], /) -> Map:
-    """Isotonic regression of Dice on score, and of the 5th and 95th percentile of the Dice of masks of like score."""
+    """Isotonic regression of Dice on score, and of the 5th and 95th percentile of the Dice of masks of like score.
+
+    Below the lowest score the expected Dice falls in proportion to the score.
+    """
     from sklearn.isotonic import IsotonicRegression  # slow to import
 
     order = np.argsort(score, kind="stable")
@@ -87,6 +90,10 @@ def fit_map(score: NDArray[np.float64], dice: NDArray[np.float64], /) -> Map:
     knots = np.unique(np.quantile(x, np.linspace(0, 1, _KNOTS)))
     maps = [IsotonicRegression(out_of_bounds="clip").fit(x, part).predict(knots) for part in (y, *tails[:, first])]
     expected, low, high = maps[0], np.minimum(maps[1], maps[0]), np.maximum(maps[2], maps[0])
+    if knots[0] > 0:  # a score lower than all that is known is worth less, down to nothing
+        knots, expected, low, high = np.stack(
+            [np.r_[0, knots], np.r_[0, expected], np.r_[0, low], np.r_[high[0], high]]
+        )
     return Map(*(tuple(part.tolist()) for part in (knots, expected, low, high)))
 
 

@@ -29,10 +29,21 @@ def test_the_interval_holds_nine_of_ten() -> None:
     assert 0.85 < ((low <= truth) & (truth <= high)).mean() < 0.95
 
 
-def test_scores_beyond_what_was_seen_keep_the_last_value() -> None:
+def test_scores_above_what_was_seen_keep_the_last_value() -> None:
     found = fit_map(*pairs_of(100, 0.01))
-    assert found(np.array([-5.0, 5.0]))[0].tolist() == [found.expected[0], found.expected[-1]]
+    assert found(np.array([5.0]))[0] == found.expected[-1]
     assert np.isnan(found(np.array([np.nan]))).all()
+
+
+def test_scores_below_what_was_seen_fall_to_nothing() -> None:
+    scores, truth = pairs_of(100, 0.01)
+    found, lowest = fit_map(scores, truth), scores.min()
+    expected, low, high = found(np.array([-1, 0, lowest / 2, lowest]))
+    assert expected[:2].tolist() == low[:2].tolist() == [0, 0]
+    assert expected[2] == pytest.approx(expected[3] / 2)
+    assert (high == high[3]).all()
+    below = fit_map(scores - 2, truth)
+    assert below(np.array([-9.0]))[0] == below.expected[0]
 
 
 def test_scores_that_say_nothing_give_the_mean() -> None:

@@ -7,7 +7,7 @@ import pytest
 import ray
 import torch
 
-from onelabel.configs.augmentation import BinsConfig
+from onelabel.configs.augmentation import BinsConfig, SynthesisConfig
 from onelabel.configs.schema import (
     AutoencoderNetworkConfig,
     AutoencoderRankerConfig,
@@ -58,7 +58,7 @@ def task(ray_cluster: None, heads: Cohort, config: RunConfig, tmp_path: Path) ->
     head = heads.rows()[0]
     scan = scan_on_grid(head["image"], head["label"], GRID, bins=BinsConfig(), seed=0)
     ranker = FusedRankerConfig(rankers=(PosteriorRankerConfig(passes=1), AutoencoderRankerConfig()))
-    probes = Probes((ray.put(scan),), ExpectConfig(images=24))
+    probes = Probes((ray.put(scan),), SynthesisConfig(), ExpectConfig(images=24))
     fitted = (None, tmp_path / "networks" / "autoencoder")
     return RankTask(tmp_path / "networks" / "unet", ranker, fitted, GRID, probes)
 

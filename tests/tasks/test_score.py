@@ -8,7 +8,7 @@ import pytest
 import ray
 import torch
 
-from onelabel.configs.augmentation import BinsConfig
+from onelabel.configs.augmentation import BinsConfig, SynthesisConfig
 from onelabel.configs.schema import (
     AutoencoderNetworkConfig,
     AutoencoderRankerConfig,
@@ -102,7 +102,7 @@ def test_probes_tell_what_dice_a_score_speaks_for(
     head = heads.rows()[0]
     grid = Grid(config.grid.spacing_mm, config.grid.size)
     scan = scan_on_grid(head["image"], head["label"], grid, bins=BinsConfig(), seed=0)
-    probes = Probes((ray.put(scan),), ExpectConfig(images=30, bad=1))
+    probes = Probes((ray.put(scan),), SynthesisConfig(), ExpectConfig(images=30, bad=1))
     ranker = FusedRankerConfig(rankers=(ConsistencyRankerConfig(passes=1), ConfidenceRankerConfig()))
     task = ScoreTask(tmp_path / "unet", tmp_path / "masks", ranker, (None, None), probes=probes)
     found, expectation = score(heads, task, compute=config.compute)
