@@ -18,9 +18,9 @@ from onelabel.configs.schema import (
     ExpectConfig,
     RankerConfig,
     RunConfig,
-    StreamConfig,
     single_rankers,
 )
+from onelabel.configs.streams import StreamConfig
 from onelabel.errors import DataError
 from onelabel.imaging.random import derive
 from onelabel.models import checkpoint, quality

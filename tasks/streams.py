@@ -18,7 +18,8 @@ import ray
 import torch
 
 from onelabel.configs.augmentation import DeformConfig, SynthesisConfig
-from onelabel.configs.schema import RunConfig, StreamConfig
+from onelabel.configs.schema import RunConfig
+from onelabel.configs.streams import StreamConfig
 from onelabel.errors import DataError
 from onelabel.imaging import random
 from onelabel.imaging.labels import BinnedScan

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from onelabel.configs.schema import ViewsConfig
+from onelabel.configs.streams import ViewsConfig
 from onelabel.imaging import random
 from onelabel.imaging.random import uniform
 

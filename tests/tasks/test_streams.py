@@ -7,7 +7,8 @@ import ray
 import torch
 
 from onelabel.configs.augmentation import DeformConfig
-from onelabel.configs.schema import GridConfig, RunConfig, StreamConfig
+from onelabel.configs.schema import GridConfig, RunConfig
+from onelabel.configs.streams import StreamConfig
 from onelabel.errors import DataError
 from onelabel.tasks import streams
 from onelabel.tasks.cohort import Cohort
