@@ -136,6 +136,9 @@ def score(cohort: Cohort, task: ScoreTask, /, *, compute: ComputeConfig) -> tupl
     probes = task.probes.config.images if task.probes and task.columns else 0
     rows += [{"key": "", "image": "", "label": "", "probe": number} for number in range(probes)]
     table, probed = over(rows, Scorer, task, compute=compute, schema=SCHEMA)
+    hard = len(table.filter(pc.and_(pc.is_valid(table["mask"]), pc.is_null(table["probability"]))))
+    if task.pseudo and hard:
+        log.warning("the probabilities of %d of %d scans hold no structure: their masks stay labels", hard, len(table))
     table, expectation = ranked(table, task), None
     if task.probes and probes:
         expectation = expectation_of(probed, task.ranker)
