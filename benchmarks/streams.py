@@ -19,7 +19,7 @@ import torch
 from synthesis import EXTENT_MM, LABELS, head
 
 from onelabel.configs.load import load
-from onelabel.configs.schema import StreamConfig
+from onelabel.configs.streams import StreamConfig
 from onelabel.tasks import streams
 from onelabel.tasks.streams import SynthPool
 

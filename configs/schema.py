@@ -4,8 +4,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from onelabel.configs.augmentation import Base, DeformConfig, SynthesisConfig
+from onelabel.configs.augmentation import HARD, Base, DeformConfig, SynthesisConfig
 from onelabel.configs.selection import SelectConfig, ThresholdConfig, TopKConfig
+from onelabel.configs.streams import Ingredients, PseudoLabelConfig, StreamConfig, ViewsConfig
 
 
 def _per_axis(value: object) -> object:
@@ -25,7 +26,6 @@ MOST_LABELS = 255
 Spacing = Annotated[tuple[float, float, float], BeforeValidator(_per_axis)]
 Size = Annotated[tuple[int, int, int], BeforeValidator(_per_axis)]
 Levels = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1), BeforeValidator(_as_levels)]
-Share = Annotated[float, Field(gt=0, le=1)]
 Channels = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 
@@ -151,20 +151,6 @@ class AutoencoderConfig(OptimiserConfig):
 LearnerConfig = Annotated[SupervisedConfig | AutoencoderConfig, Field(discriminator="type")]
 
 
-class StreamConfig(Base):
-    """One ingredient of what a learner reads."""
-
-    type: Literal["synthetic", "real", "mask"] = Field(
-        description="synthetic: images painted from bins; real: the scans themselves, augmented; mask: masks alone"
-    )
-    of: Literal["labelled", "selected"] = Field("labelled", description="the labelled scans, or the last selection")
-    share: Share = Field(1.0, description="how often it is drawn, relative to the other ingredients")
-    deform: DeformConfig | None = Field(None, description="deformation of this stream; null: `synthesis.deform`")
-
-
-Ingredients = Annotated[tuple[StreamConfig, ...], Field(min_length=1)]
-
-
 class AutoencoderRankerConfig(Base):
     """Dice between a mask and its reconstruction by an autoencoder fitted on the labelled masks."""
 
@@ -176,17 +162,6 @@ class AutoencoderRankerConfig(Base):
         DeformConfig(rotate_deg=30, scale=(0.7, 1.4), shear=0, translate_mm=8, warp_mm=(0, 0), flip=0.5),
         description="augmentation of the masks",
     )
-
-
-class ViewsConfig(Base):
-    """Changed copies of an image whose masks should agree: other contrast, mirrored, turned in the axial plane."""
-
-    contrast: float = Field(0.1, ge=0, lt=0.5, description="how far both ends of the range move, as shares of it")
-    flip_axes: tuple[Annotated[int, Field(ge=0, le=2)], ...] = Field(
-        (0,), description="axes that are mirrored in half of the views; 0: left-right"
-    )
-    rotate_deg: float = Field(20, ge=0, le=180, description="largest rotation, in degrees")
-    passes: int = Field(8, ge=1, description="views, the image itself not counted")
 
 
 class ConsistencyRankerConfig(ViewsConfig):
@@ -282,6 +257,9 @@ class StageConfig(Base):
     ranker: RankerConfig | None = Field(None, description="scores the cohort's masks; null: no scoring")
     expect: ExpectConfig = Field(ExpectConfig(), description="from scores to the Dice to expect")
     select: SelectConfig = Field(TopKConfig(), description="which scored masks the next round learns from")
+    pseudo: PseudoLabelConfig | None = Field(
+        None, description="what the next round's labels are made from; null: the masks as they are"
+    )
 
     @model_validator(mode="after")
     def _expected(self) -> Self:
@@ -291,6 +269,22 @@ class StageConfig(Base):
                 " above 0"
             )
         return self
+
+    @model_validator(mode="after")
+    def _labels(self) -> Self:
+        if self.pseudo and not self.ranker:
+            raise ValueError(f"stage '{self.name}' sets pseudo, but has no ranker: nothing is learned from its masks")
+        single = single_rankers(self.ranker)
+        if self.pseudo and self.pseudo.project and not any(isinstance(one, AutoencoderRankerConfig) for one in single):
+            raise ValueError(f"stage '{self.name}' sets pseudo.project: it needs a ranker of type autoencoder")
+        if any(s.of != "selected" for s in self.graded):
+            raise ValueError(f"stage '{self.name}' sets soft or ignore: only streams of selected scans may")
+        return self
+
+    @property
+    def graded(self) -> list[StreamConfig]:
+        """The streams that read probabilities."""
+        return [s for streams in self.streams.values() for s in streams if s.soft or s.ignore]
 
 
 class ComputeConfig(Base):
@@ -362,7 +356,12 @@ class RunConfig(Base):
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise ValueError(f"stages must have different names, not {names}")
-        selected, dropout = False, self.network.dropout
+        return self
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        selected: StageConfig | None = None
+        dropout = self.network.dropout
         for i, stage in enumerate(self.stages):
             if i == 0 and stage.start == "previous":
                 raise ValueError(f"stage '{stage.name}' is the first and must start from scratch")
@@ -374,5 +373,8 @@ class RunConfig(Base):
             confident = [one for one in single_rankers(stage.ranker) if isinstance(one, ConfidenceRankerConfig)]
             if not dropout and any(one.of == "dropout" for one in confident):
                 raise ValueError(f"stage '{stage.name}' ranks by passes with dropout: set network.dropout above 0")
-            selected = selected or stage.ranker is not None
+            before, selected = selected, stage if stage.ranker else selected
+            hard = [one.name for one in (before, selected if stage.rounds > 1 else None) if one and not one.pseudo]
+            if stage.graded and hard:
+                raise ValueError(f"stage '{stage.name}' sets soft or ignore: stage '{hard[0]}' must set pseudo for it")
         return self

@@ -125,7 +125,8 @@ def look_up(
     levels, target, distance_mm : (*source) of a BinnedScan
     control : (3, a, b, c) float32, `deform.control`
     bases : splines on the new grid
-    mean, spread : (classes * 256,) float32, intensity by class and level; empty: the scan keeps its own
+    mean, spread : (classes * 256,) float32, intensity by class (of what is unknown: the target's complement) and level;
+    empty: the scan keeps its own
     seed : of the texture
     cut_mm : beyond this distance all is black; 127 for none
     image : (x, y, z) float32, written unless it is empty; label : (x, y, z) int8, written
@@ -151,7 +152,7 @@ def look_up(
             if not mean.size:
                 _trilinear(levels, place, row)
             for z in range(nz if mean.size else 0):
-                code = max(_i(truth[z]), _i(0)) * _i(256) + _i(all_levels[index[z]]) * inside[z]
+                code = max(_i(truth[z]), ~_i(truth[z])) * _i(256) + _i(all_levels[index[z]]) * inside[z]
                 value = mean[code] + spread[code] * _normal(first + z, seed)
                 row[z] = min(max(value, _f(0)), _f(1))
             if cut_mm < 127:

@@ -15,6 +15,7 @@ from onelabel.errors import DataError
 
 IGNORE = -1
 LEVELS = 256
+HALF = (LEVELS - 1) // 2  # the highest level of a probability that does not exceed one half
 AIR = 0
 FAR_MM = 127.0  # distances are not told apart beyond it
 
@@ -27,15 +28,17 @@ class BinnedScan:
     """A conformed scan, ready for synthesis; a key by identity.
 
     levels : (*size) uint8, intensity in [0, 255]
-    target : (*size) int8, class of a voxel; 0 background, IGNORE unknown
+    target : (*size) int8, class of a voxel; 0 background, IGNORE unknown, which looks like background
     distance_mm : (*size) int8, distance to the foreground's edge in mm, negative inside, clipped to +-127
     tables : (classes, max_bins + 1, 256) uint8, bin of a level where its class has that many bins; 255 is air
+    probability : (*size) uint8, of the foreground, 255 for 1; None where the label is hard
     """
 
     levels: np.ndarray
     target: np.ndarray
     distance_mm: np.ndarray
     tables: np.ndarray
+    probability: np.ndarray | None = None
 
 
 def bin_scan(
@@ -78,6 +81,17 @@ def bin_scan(
     inside_mm = distance_transform_edt(foreground, sampling=spacing_mm)
     distance = np.clip(np.rint(outside - inside_mm), -FAR_MM, FAR_MM).astype(np.int8)
     return BinnedScan(levels, target.astype(np.int8), distance, tables)
+
+
+def class_table(threshold: float = 0.5, ignore: tuple[float, float] = (0.5, 0.5), /) -> np.ndarray:
+    """How a probability is read: the class of each of its levels, (256,) int8.
+
+    1 above the threshold, else 0. A level strictly between both ends of `ignore` has the complement of its class (-2 or
+    -1) instead: it is painted as its class, but its label is IGNORE.
+    """
+    share = np.arange(LEVELS) / (LEVELS - 1)
+    classes = (share > threshold).astype(np.int8)
+    return np.where((share > ignore[0]) & (share < ignore[1]), ~classes, classes)
 
 
 def label_table(scan: BinnedScan, counts: tuple[int, ...], /) -> np.ndarray:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from onelabel.configs.augmentation import DeformConfig, SynthesisConfig
 from onelabel.imaging import augment, deform, kernels, random, splines
-from onelabel.imaging.labels import AIR, FAR_MM, LEVELS, BinnedScan, label_table
+from onelabel.imaging.labels import AIR, FAR_MM, IGNORE, LEVELS, BinnedScan, label_table
 from onelabel.imaging.random import integer, uniform
 
 
@@ -25,12 +25,17 @@ class Paint:
 
 @dataclass(frozen=True)
 class Params:
-    """Everything drawn for one image. paint is None for a real one; cut_mm where a head is stripped, or None."""
+    """Everything drawn for one image.
+
+    paint : None for a real one; cut_mm : where a head is stripped, or None
+    classes : (256,) int8 of `class_table`, how the scan's probability is read; None: the label is hard
+    """
 
     deformation: deform.Deformation
     paint: Paint | None
     cut_mm: float | None
     appearance: augment.Appearance
+    classes: np.ndarray | None = None
 
 
 def sample_params(
@@ -84,10 +89,14 @@ def in_torch(
 ) -> tuple[Tensor, Tensor]:
     """One training pair on a device: image (*size) float32 in [0, 1], label (*size) int8 with IGNORE."""
     size = scan.levels.shape
-    levels, classes, distance_mm = _on_device(scan, device)
+    levels, target, distance_mm, probability = _on_device(scan, device)
     place = deform.coordinates(params.deformation, size=size, spacing_mm=spacing_mm, device=device)
     index, inside = deform.nearest(place, size=size)
-    target = classes.flatten().index_select(0, index).mul_(inside)
+    if params.classes is None or probability is None:
+        target = target.flatten().index_select(0, index).mul_(inside)
+    else:
+        classes = torch.from_numpy(params.classes).to(device, non_blocking=True)
+        target = classes.index_select(0, probability.flatten().index_select(0, index).int()).mul_(inside)
     if params.paint is None:
         image = deform.linear(levels.float().div_(LEVELS - 1), place)
     else:
@@ -97,12 +106,15 @@ def in_torch(
         beyond = distance_mm.flatten().index_select(0, index) > params.cut_mm
         image = image.masked_fill(beyond.reshape(size), 0.0)
     image = augment.apply(image, params.appearance)
-    return image, augment.crop(target.reshape(size), params.appearance.crop)
+    return image, augment.crop(target.clamp_(min=IGNORE).reshape(size), params.appearance.crop)
 
 
 def paint(levels: Tensor, target: Tensor, params: Paint, /) -> Tensor:
-    """Give every label its intensity: levels (voxels,) uint8 and target (voxels,) int8 -> (voxels,) float32."""
-    code = target.clamp(min=0).to(torch.int32).mul_(LEVELS).add_(levels)
+    """Give every label its intensity: levels (voxels,) uint8 and target (voxels,) int8 -> (voxels,) float32.
+
+    What is unknown looks like the class of which the target holds the complement: -1 like background.
+    """
+    code = torch.maximum(target, ~target).to(torch.int32).mul_(LEVELS).add_(levels)
     mean, spread = (part[params.table].to(levels.device, non_blocking=True) for part in (params.mean, params.spread))
     texture = random.normals(tuple(code.shape), params.seed, device=levels.device)
     return mean.index_select(0, code).addcmul_(texture, spread.index_select(0, code)).clamp_(0, 1)
@@ -110,6 +122,7 @@ def paint(levels: Tensor, target: Tensor, params: Paint, /) -> Tensor:
 
 def _compiled(scan: BinnedScan, params: Params, spacing_mm: deform.Spacing) -> tuple[Tensor, Tensor]:
     size, look = scan.levels.shape, params.appearance
+    target = _target(scan, params.classes)
     image, label = np.empty(size, np.float32), np.empty(size, np.int8)
     where = _splines(deform.control_points(params.deformation, size=size, spacing_mm=spacing_mm), size)
     mean, spread, seed = np.empty(0, np.float32), np.empty(0, np.float32), 0
@@ -117,7 +130,7 @@ def _compiled(scan: BinnedScan, params: Params, spacing_mm: deform.Spacing) -> t
         mean, spread = (part[params.paint.table].numpy() for part in (params.paint.mean, params.paint.spread))
         seed = params.paint.seed
     cut = FAR_MM if params.cut_mm is None else params.cut_mm
-    kernels.look_up(scan.levels, scan.target, scan.distance_mm, *where, mean, spread, seed, cut, image, label)
+    kernels.look_up(scan.levels, target, scan.distance_mm, *where, mean, spread, seed, cut, image, label)
     if look.bias is not None:
         kernels.multiply(image, *_splines(look.bias, size))
     augment.spread_in_place(image, look.spread)
@@ -128,7 +141,16 @@ def _compiled(scan: BinnedScan, params: Params, spacing_mm: deform.Spacing) -> t
     low, scale = augment.bounds(torch.from_numpy(seen))
     result = np.empty(size, np.uint8)
     kernels.finish(image, *noise, box, low.item(), scale.item(), result, label)
-    return torch.from_numpy(result), torch.from_numpy(label)
+    return torch.from_numpy(result), torch.from_numpy(label).clamp_(min=IGNORE)
+
+
+def _target(scan: BinnedScan, classes: np.ndarray | None) -> np.ndarray:
+    """The class of every voxel, read from the scan's probability if there is a way to read it."""
+    if classes is None or scan.probability is None:
+        return scan.target
+    target: np.ndarray = classes[scan.probability]
+    target.setflags(write=scan.target.flags.writeable)  # or the kernel would be compiled once more
+    return target
 
 
 def _splines(control: Tensor, size: deform.Size) -> tuple[np.ndarray, kernels.Bases]:
@@ -152,9 +174,10 @@ def _sample_paint(scan: BinnedScan, config: SynthesisConfig, generator: torch.Ge
 
 
 @lru_cache(maxsize=64)
-def _on_device(scan: BinnedScan, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Levels, classes and distances of a scan, kept on the device from sample to sample."""
+def _on_device(scan: BinnedScan, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Levels, classes, distances and probability of a scan, kept on the device from sample to sample."""
+    parts = (scan.levels, scan.target, scan.distance_mm, scan.probability)
     # Arrays that come through shared memory are read-only, and torch wants to own what it wraps.
-    arrays = (np.require(part, requirements=["C", "W"]) for part in (scan.levels, scan.target, scan.distance_mm))
-    levels, classes, distance_mm = (torch.from_numpy(array).to(device) for array in arrays)
-    return levels, classes, distance_mm
+    arrays = [np.require(part, requirements=["C", "W"]) for part in parts if part is not None]
+    levels, target, distance_mm, *probability = (torch.from_numpy(array).to(device) for array in arrays)
+    return levels, target, distance_mm, probability[0] if probability else None

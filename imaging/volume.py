@@ -116,8 +116,8 @@ def load(path: str | Path, /, *, labels: bool = False) -> Volume:
     return volume
 
 
-def load_labelled(image_path: str | Path, label_path: str | Path, /) -> tuple[Volume, Volume]:
-    """Read an image and its label map, which must lie on the same voxel grid.
+def load_labelled(image_path: str | Path, label_path: str | Path, /, *, above: int = 0) -> tuple[Volume, Volume]:
+    """Read an image and its label map, which must lie on the same voxel grid; what is `above` is structure.
 
     Raises
     ------
@@ -138,7 +138,7 @@ def load_labelled(image_path: str | Path, label_path: str | Path, /) -> tuple[Vo
             f"{label_path} lies {shift_mm:.3g} mm from its image {image_path}, at most a tenth of a voxel is allowed: "
             "resample the label to the image or copy the image's affine."
         )
-    labelled = np.count_nonzero(label.data)
+    labelled = np.count_nonzero(label.data > above)
     if labelled in (0, label.data.size):
         what = "no voxel" if labelled == 0 else "every voxel"
         raise DataError(f"{label_path} labels {what}: it needs both background (0) and at least one structure.")

@@ -7,6 +7,7 @@ import cc3d
 import fill_voids
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from onelabel.imaging import volume
@@ -20,12 +21,14 @@ from onelabel.models.precision import use_bf16
 class Prediction:
     """What the network says of a scan.
 
-    mask : Volume (*native) uint8; image (1, 1, *size) and probability (1, classes, *size) float32 on the network's grid
+    mask : Volume (*native) uint8; image (1, 1, *size) and probability (1, classes, *size) float32 on the network's
+    grid, whose affine (4, 4) leads to mm
     """
 
     mask: Volume
     image: Tensor
     probability: Tensor
+    affine: NDArray[np.float64]
 
 
 class Predictor:
@@ -46,7 +49,7 @@ class Predictor:
         foreground = probability[0, 1:].cpu().numpy()
         native = volume.restore(foreground, conformed.affine, scan.shape, scan.affine)
         mask = clean(np.where(native.sum(0) > 0.5, native.argmax(0) + 1, 0).astype(np.uint8))
-        return Prediction(Volume(mask, scan.affine), image, probability)
+        return Prediction(Volume(mask, scan.affine), image, probability, conformed.affine)
 
     @torch.inference_mode()
     def probability(self, image: Tensor, /, *, dropout: bool = False) -> Tensor:

@@ -61,11 +61,11 @@ def run(config: RunConfig, /) -> Outcome:
         demands = resources.of_stage(config.compute, **needs(config, cohorts))
         resources.check(demands, wait_s=config.compute.wait_s if joined else 0)
         work = Work(config, cohorts, folder, tracker, Queue(actor_options={"num_cpus": 0}))
-        previous = selection = None
+        selection = None
         for now in rounds:
             if not now.done:
-                _run_round(work, now, previous, selection)
-            previous, selection = now, now.table("selection") if now.stage.ranker else selection
+                _run_round(work, now, rounds[: now.index], selection)
+            selection = now.table("selection") if now.stage.ranker else selection
         command = tracker.command()
     if news or not (folder / page.NAME).is_file():
         _report(folder)
@@ -82,16 +82,16 @@ def _report(folder: Path) -> None:
         log.warning("there is no report (%s); try `onelabel report %s`", sentence(error), folder)
 
 
-def _run_round(work: Work, now: Round, previous: Round | None, selection: pa.Table | None) -> None:
+def _run_round(work: Work, now: Round, earlier: list[Round], selection: pa.Table | None) -> None:
     """Train, score, select, record; what an earlier attempt finished is kept."""
     begin = time.perf_counter()
     stage(f"{now.name}: {now.stage.learner.type}, {now.stage.steps} steps")
     now.folder.mkdir(exist_ok=True)
     with work.tracker.round(now.name) as track:
-        training = work.train(now, previous, selection, track)
+        training = work.train(now, earlier[-1] if earlier else None, selection, track)
         tables = {}
         if now.stage.ranker and work.cohorts.unlabelled:
-            tables["scores"] = work.score(now, "scores", work.cohorts.unlabelled, now.stage.ranker)
+            tables["scores"] = work.score(now, "scores", work.cohorts.unlabelled, now.stage.ranker, earlier)
             tables["selection"] = select(tables["scores"], now.stage.select, now.number)
         if work.cohorts.test:
             tables["test"] = work.score(now, "test", work.cohorts.test)

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from onelabel.configs.schema import RunConfig, StageConfig
-from onelabel.tasks.cohort import Cohort
+from onelabel.tasks.cohort import PROBABILITY, Cohort
 
 MARKER = "done"
 
@@ -83,7 +84,8 @@ def plan(config: RunConfig, folder: Path, /) -> list[Round]:
 
 
 def pseudo_labels(selection: pa.Table, /) -> Cohort:
-    """The selected scans with their predicted masks as labels."""
-    columns = {"key": selection["key"], "image": selection["image"], "label": selection["mask"]}
-    columns |= {"kind": pa.array(["pseudo"] * len(selection), pa.string()), "weight": selection["weight"]}
-    return Cohort(pa.table(columns))
+    """The selected scans with the probabilities, or else the masks, that were predicted as labels."""
+    label = pc.coalesce(selection["probability"], selection["mask"])
+    kind = pc.if_else(pc.is_valid(selection["probability"]), PROBABILITY, "pseudo")
+    columns = {"key": selection["key"], "image": selection["image"], "label": label, "kind": kind}
+    return Cohort(pa.table(columns | {"weight": selection["weight"]}))

@@ -91,11 +91,14 @@ def needs(config: RunConfig, cohorts: Cohorts, /) -> dict[str, float]:
     voxels = math.prod(config.grid.size)
     pool = len(cohorts.unlabelled) if cohorts.unlabelled else 0
     selected = (
-        stage.select.most(pool, number) for stage in config.stages if stage.ranker for number in range(stage.rounds)
+        stage.select.most(pool, number) * streams.scan_bytes(voxels, probability=stage.pseudo is not None)
+        for stage in config.stages
+        if stage.ranker
+        for number in range(stage.rounds)
     )
-    scans = len(cohorts.labelled) + max(selected, default=0)
+    scans = len(cohorts.labelled) * streams.scan_bytes(voxels) + max(selected, default=0)
     flying = max(max(config.compute.ahead, stage.learner.batch) for stage in config.stages)
-    store = flying * streams.sample_bytes(voxels) + scans * streams.scan_bytes(voxels)
+    store = flying * streams.sample_bytes(voxels) + scans
     return {"actor_bytes": streams.actor_bytes(voxels), "store_bytes": store}
 
 

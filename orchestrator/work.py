@@ -3,7 +3,7 @@
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,9 +18,9 @@ from onelabel.configs.schema import (
     ExpectConfig,
     RankerConfig,
     RunConfig,
-    StreamConfig,
     single_rankers,
 )
+from onelabel.configs.streams import StreamConfig
 from onelabel.errors import DataError
 from onelabel.imaging.random import derive
 from onelabel.models import checkpoint, quality
@@ -88,15 +88,18 @@ class Work:
         """Synthetic images of the labelled scans."""
         return scoring.Probes(tuple(self._scans("labelled", self.cohorts.labelled)[0]), self.config.synthesis, config)
 
-    def score(self, now: Round, name: str, cohort: Cohort, ranker: RankerConfig | None = None) -> pa.Table:
-        """Masks and scores of a cohort, unless an earlier attempt wrote them."""
+    def score(
+        self, now: Round, name: str, cohort: Cohort, ranker: RankerConfig | None = None, earlier: Sequence[Round] = ()
+    ) -> pa.Table:
+        """Masks and scores of a cohort, and if ranked what the next round learns from, unless they were written."""
         found = now.table(name)
         if found is None:
             log.info("%s: %s of %d scans", now.name, name, len(cohort))
             out = now.folder / ("masks" if name == "scores" else f"{name}-masks")
             expect = now.stage.expect
             probes = self.probes(expect) if single_rankers(ranker) and expect.images else None
-            task = scoring.ScoreTask(now.checkpoint, out, ranker, self.fitted(ranker), self.config.seed, probes)
+            pseudo = pseudo_of(now, earlier) if ranker else None
+            task = scoring.ScoreTask(now.checkpoint, out, ranker, self.fitted(ranker), self.config.seed, probes, pseudo)
             with self._timed("scoring"):
                 found, expectation = scoring.score(cohort, task, compute=self.config.compute)
             if expectation and ranker:
@@ -201,3 +204,12 @@ class Work:
         begin = time.perf_counter()
         yield
         self.seconds[kind] += time.perf_counter() - begin
+
+
+def pseudo_of(now: Round, earlier: Sequence[Round]) -> scoring.Pseudo | None:
+    """How a round's masks become the labels of the next one, if not as they are."""
+    config = now.stage.pseudo
+    if config is None:
+        return None
+    averaged = (*earlier, now)[-config.rounds : -1]
+    return scoring.Pseudo(config, now.folder / "probabilities", tuple(one.checkpoint for one in averaged))

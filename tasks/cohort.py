@@ -37,6 +37,7 @@ SCHEMA = pa.schema(
 )
 SCORED = {"score": pa.float64(), "volume_mm3": pa.float64(), "error": pa.string()}
 KINDS = ("dense", "scribble", "pseudo", "none")
+PROBABILITY = "probability"  # of pseudo-labels that are one: 0 to 255 (no manifest has them)
 
 IMAGE_ENDINGS = (".nii.gz", ".nii", ".mgz")
 LABEL_ENDINGS = ("_brain_mask", "_brainmask", "_mask", "_label", "_seg")  # the longest that fits comes first

@@ -25,12 +25,15 @@ from onelabel.configs.schema import (
     RankerConfig,
     single_rankers,
 )
+from onelabel.configs.streams import PseudoLabelConfig
 from onelabel.errors import SCAN_FAULTS, sentence
 from onelabel.imaging import metrics, random, synthesis, volume
+from onelabel.imaging.labels import HALF
 from onelabel.imaging.random import derive
 from onelabel.models import rankers
-from onelabel.models.predictor import Predictor, clean
-from onelabel.models.rankers import fuse
+from onelabel.models.predictor import Prediction, Predictor, clean
+from onelabel.models.pseudo import PseudoLabeller
+from onelabel.models.rankers import AutoencoderRanker, fuse
 from onelabel.models.rankers.expectation import Expectation, fit
 from onelabel.tasks.cohort import Cohort
 
@@ -41,6 +44,7 @@ SCHEMA = pa.schema(
         ("key", pa.string()),
         ("image", pa.string()),
         ("mask", pa.string()),
+        ("probability", pa.string()),
         ("score", pa.float64()),
         ("expected_dice", pa.float64()),
         ("expected_low", pa.float64()),
@@ -72,12 +76,25 @@ class Probes:
 
 
 @dataclass(frozen=True)
+class Pseudo:
+    """How masks become pseudo-labels.
+
+    out : folder of the probabilities; earlier : checkpoints of the networks that the mean is over, less the present one
+    """
+
+    config: PseudoLabelConfig
+    out: Path
+    earlier: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True)
 class ScoreTask:
     """What to score with.
 
     checkpoint : of the segmenter; out : folder of the masks
     fitted : checkpoint of the network of each of the ranker's `single_rankers`, or None
     probes : scored with the cohort, if a Dice is to be expected
+    pseudo : if probabilities are to be written too
     """
 
     checkpoint: Path
@@ -86,6 +103,7 @@ class ScoreTask:
     fitted: tuple[Path | None, ...] = ()
     seed: int = 0
     probes: Probes | None = None
+    pseudo: Pseudo | None = None
 
     @property
     def columns(self) -> list[str]:
@@ -120,6 +138,9 @@ def score(cohort: Cohort, task: ScoreTask, /, *, compute: ComputeConfig) -> tupl
     probes = task.probes.config.images if task.probes and task.columns else 0
     rows += [{"key": "", "image": "", "label": "", "probe": number} for number in range(probes)]
     table, probed = over(rows, Scorer, task, compute=compute, schema=SCHEMA)
+    hard = len(table.filter(pc.and_(pc.is_valid(table["mask"]), pc.is_null(table["probability"]))))
+    if task.pseudo and hard:
+        log.warning("the probabilities of %d of %d scans hold no structure: their masks stay labels", hard, len(table))
     table, expectation = ranked(table, task), None
     if task.probes and probes:
         expectation = expectation_of(probed, task.ranker)
@@ -200,6 +221,7 @@ class Scorer:
         self.task = task
         self.predictor = Predictor(task.checkpoint, device=device, precision=compute.precision)
         self.rankers = rankers.load(task.ranker, task.fitted, device=self.predictor.device, bf16=self.predictor.bf16)
+        self.labeller = self._labeller(task.pseudo, device, compute) if task.pseudo else None
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         """Score a batch of one row."""
@@ -221,7 +243,11 @@ class Scorer:
         path = self.task.out / f"{key}.nii.gz"
         volume.save(prediction.mask, path, like=image, dtype=np.uint8)
         mask = prediction.mask.data > 0
-        row |= {"mask": str(path), "volume_mm3": metrics.volume_mm3(mask, scan.spacing_mm)}
+        row |= {
+            "mask": str(path),
+            "probability": self._pseudo(key, image, prediction),
+            "volume_mm3": metrics.volume_mm3(mask, scan.spacing_mm),
+        }
         row["thumbnail"] = _thumbnail(prediction.image)
         begin = time.process_time()
         row |= self._rank(prediction.image, prediction.probability)
@@ -231,6 +257,27 @@ class Scorer:
             found = metrics.evaluate(mask, truth.data > 0, scan.spacing_mm)
             row |= {name: found[name] for name in ("dice", "hd95_mm", "asd_mm", "miss")}
         return row
+
+    def _labeller(self, pseudo: Pseudo, device: str, compute: ComputeConfig) -> PseudoLabeller:
+        earlier = [Predictor(path, device=device, precision=compute.precision) for path in pseudo.earlier]
+        autoencoders = [one for one in self.rankers if isinstance(one, AutoencoderRanker)]
+        return PseudoLabeller(
+            pseudo.config,
+            self.predictor.probability,
+            earlier=[one.probability for one in earlier],
+            autoencoder=autoencoders[0] if pseudo.config.project else None,
+        )
+
+    def _pseudo(self, key: str, image: str, prediction: Prediction) -> str | None:
+        """Path of what is learned from instead of the mask; None where there is no structure in it, or nothing else."""
+        if not (self.labeller and self.task.pseudo):
+            return None
+        found, path = self.labeller(prediction), self.task.pseudo.out / f"{key}.nii.gz"
+        structure = found.data > HALF
+        if structure.all() or not structure.any():
+            return None
+        volume.save(found, path, like=image)
+        return str(path)
 
     def _rank(self, image: torch.Tensor, probability: torch.Tensor) -> dict[str, float]:
         return {

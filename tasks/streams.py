@@ -8,7 +8,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import import_module
 from typing import Any
@@ -18,14 +18,15 @@ import ray
 import torch
 
 from onelabel.configs.augmentation import DeformConfig, SynthesisConfig
-from onelabel.configs.schema import RunConfig, StreamConfig
+from onelabel.configs.schema import RunConfig
+from onelabel.configs.streams import StreamConfig
 from onelabel.errors import DataError
 from onelabel.imaging import random
-from onelabel.imaging.labels import BinnedScan
+from onelabel.imaging.labels import BinnedScan, class_table
 from onelabel.imaging.prepare import scan_on_grid
 from onelabel.imaging.volume import Grid
 from onelabel.models.learners import Samples
-from onelabel.tasks.cohort import Cohort
+from onelabel.tasks.cohort import PROBABILITY, Cohort
 
 Sample = tuple[np.ndarray, np.ndarray, float]
 
@@ -51,20 +52,25 @@ def sample_bytes(voxels: int, /) -> int:
     return 2 * voxels
 
 
-def scan_bytes(voxels: int, /) -> int:
-    """What a prepared scan takes there: intensity, class and distance."""
-    return 3 * voxels
+def scan_bytes(voxels: int, /, *, probability: bool = False) -> int:
+    """What a prepared scan takes there: intensity, class and distance, and the probability of a pseudo-label."""
+    return (4 if probability else 3) * voxels
 
 
 @dataclass(frozen=True)
 class Ingredient:
-    """Scans (BinnedScan, or references to such) of equal treatment, with a weight each."""
+    """Scans (BinnedScan, or references to such) of equal treatment, with a weight each.
+
+    soft, ignore : how their probability is read, if they have one, as in StreamConfig
+    """
 
     type: str
     share: float
     scans: tuple[Any, ...]
     weights: tuple[float, ...]
     deform: DeformConfig | None
+    soft: bool = False
+    ignore: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -108,8 +114,19 @@ def draw(stream: Stream, index: int, /, *, device: str = "cpu", fetch: Callable[
         deform_config=ingredient.deform,
         generator=generator,
     )
+    params = replace(params, classes=_classes(ingredient, generator))
     image, label = synthesis.synthesise(scan, params, spacing_mm=stream.spacing_mm, device=device)
     return image.cpu().numpy(), label.cpu().numpy(), ingredient.weights[place]
+
+
+def _classes(ingredient: Ingredient, generator: torch.Generator) -> np.ndarray | None:
+    """How a sample reads its scan's probability; None: the label is hard.
+
+    Soft labels are hard ones above a threshold that is uniform in (0, 1): their mean over samples is the probability.
+    """
+    if ingredient.soft:
+        return class_table(random.uniform(0, 1, generator))
+    return class_table(0.5, ingredient.ignore) if ingredient.ignore else None
 
 
 def _mask_alone(scan: BinnedScan, stream: Stream, ingredient: Ingredient, generator: torch.Generator) -> np.ndarray:
@@ -188,7 +205,8 @@ def prepare(cohort: Cohort, config: RunConfig, /) -> list[Any]:
     """Load, conform and bin all scans of a cohort in parallel; references to BinnedScan, in the cohort's order."""
     grid = Grid(config.grid.spacing_mm, config.grid.size)
     rows = cohort.rows()
-    refs = [_prepare.remote(row["image"], row["label"], grid, config.synthesis.bins, config.seed) for row in rows]
+    bins, seed = config.synthesis.bins, config.seed
+    refs = [_prepare.remote(row["image"], row["label"], row["kind"], grid, bins, seed) for row in rows]
     for row, ref in zip(rows, refs, strict=True):
         try:
             ray.wait([ref], fetch_local=False)
@@ -199,9 +217,9 @@ def prepare(cohort: Cohort, config: RunConfig, /) -> list[Any]:
 
 
 @ray.remote(num_cpus=1)
-def _prepare(image: str, label: str, grid: Grid, bins: Any, seed: int) -> BinnedScan:
+def _prepare(image: str, label: str, kind: str, grid: Grid, bins: Any, seed: int) -> BinnedScan:
     torch.set_num_threads(1)
-    return scan_on_grid(image, label, grid, bins=bins, seed=seed)
+    return scan_on_grid(image, label, grid, bins=bins, seed=seed, probability=kind == PROBABILITY)
 
 
 @ray.remote(num_cpus=0)
@@ -223,5 +241,8 @@ def build(
     ----------
     scans : references and weights by `labelled` and `selected`
     """
-    ingredients = [Ingredient(s.type, s.share, tuple(scans[s.of][0]), tuple(scans[s.of][1]), s.deform) for s in streams]
+    ingredients = [
+        Ingredient(s.type, s.share, tuple(scans[s.of][0]), tuple(scans[s.of][1]), s.deform, s.soft, s.ignore)
+        for s in streams
+    ]
     return Stream(tuple(ingredients), config.synthesis, config.grid.spacing_mm, math.prod(config.grid.size), seed)

@@ -1,5 +1,7 @@
 """The convolutional autoencoder of masks."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -53,11 +55,7 @@ class Autoencoder(nn.Module):
 
 def fit_to(mask: Tensor, edge: int, /, *, dims: int) -> Tensor:
     """Pad with zeros or crop, centred, to length `edge` on the last axes: (..., *any) -> (..., *edge)."""
-    pads: list[int] = []
-    for length in reversed(mask.shape[-dims:]):
-        before = (edge - length) // 2
-        pads += [before, edge - length - before]
-    return F.pad(mask, pads)
+    return F.pad(mask, _pads(mask.shape[-dims:], edge))
 
 
 def views(mask: Tensor, config: AutoencoderNetworkConfig, /) -> Tensor:
@@ -73,10 +71,42 @@ def views(mask: Tensor, config: AutoencoderNetworkConfig, /) -> Tensor:
     """
     share = F.avg_pool3d(one_hot(mask[None], config.classes), config.pool, ceil_mode=True, count_include_pad=False)
     if config.dims == 2:
-        shortest = min(range(mask.ndim), key=lambda axis: mask.shape[axis])
-        share = share[0].movedim(shortest + 1, 0)
+        share = share[0].movedim(_shortest(mask.shape) + 1, 0)
     structure = fit_to(share[:, 1:], config.size, dims=config.dims)
     return torch.cat([1 - structure.sum(1, keepdim=True), structure], dim=1)
+
+
+def unview(seen: Tensor, size: Sequence[int], config: AutoencoderNetworkConfig, /) -> Tensor:
+    """Put a class of the views of a mask back on its grid, linear between the centres of blocks.
+
+    Parameters
+    ----------
+    seen : (n, edge, edge) float32; in 3D (1, edge, edge, edge)
+
+    Returns
+    -------
+    (*size) float32
+    """
+    blocks = [-(-length // config.pool) for length in size]
+    along = _shortest(size)
+    fitted = blocks if config.dims == 3 else [*blocks[:along], *blocks[along + 1 :]]
+    share = F.pad(seen, [-pad for pad in _pads(fitted, config.size)])
+    share = share[0] if config.dims == 3 else share.movedim(0, along)
+    fine = F.interpolate(share[None, None], scale_factor=config.pool, mode="trilinear")
+    return fine[0, 0, : size[0], : size[1], : size[2]]
+
+
+def _pads(size: Sequence[int], edge: int) -> list[int]:
+    """What to add before and after each axis to length `edge`, the last axis first; negative: to cut."""
+    pads: list[int] = []
+    for length in reversed(size):
+        before = (edge - length) // 2
+        pads += [before, edge - length - before]
+    return pads
+
+
+def _shortest(size: Sequence[int]) -> int:
+    return min(range(len(size)), key=lambda axis: size[axis])
 
 
 def one_hot(mask: Tensor, classes: int, /) -> Tensor:

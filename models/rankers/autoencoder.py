@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from onelabel.models.networks.autoencoder import Autoencoder, views
+from onelabel.models.networks.autoencoder import Autoencoder, unview, views
 from onelabel.models.rankers.base import Predict, Ranker
 
 _SLICES = 16  # that the network sees at once
@@ -22,10 +22,25 @@ class AutoencoderRanker(Ranker):
         """Soft Dice of the foreground between mask and reconstruction: 2 sum(min(m, r)) / (sum(m) + sum(r))."""
         return torch.stack([self._score(mask) for mask in probability.argmax(1)])
 
+    @torch.inference_mode()
+    def reconstruct(self, mask: Tensor) -> Tensor:
+        """Foreground probability (*size) float32 of the reconstruction of a mask (*size) int.
+
+        Slices without structure have none.
+        """
+        seen = views(mask, self.network.config)
+        share, held = seen[:, 1:].sum(1), seen[:, 1:].flatten(1).any(1)
+        share[held] = self._again(seen[held]).sum(1)
+        return unview(share, mask.shape, self.network.config)
+
     def _score(self, mask: Tensor) -> Tensor:
         seen = views(mask, self.network.config)
         seen = seen[seen[:, 1:].flatten(1).any(1)]  # a slice without structure counts neither for nor against a mask
-        with torch.autocast(mask.device.type, torch.bfloat16, enabled=self.bf16):
-            again = torch.cat([self.network(part) for part in seen.split(_SLICES)])
-        given, found = seen[:, 1:], again.float().softmax(1)[:, 1:]
+        given, found = seen[:, 1:], self._again(seen)
         return 2 * torch.minimum(given, found).sum() / (given.sum() + found.sum()).clamp(min=1)
+
+    def _again(self, seen: Tensor) -> Tensor:
+        """Shares of the structures (n, classes - 1, edge, ...) float32 in the reconstruction of views."""
+        with torch.autocast(seen.device.type, torch.bfloat16, enabled=self.bf16):
+            logits = torch.cat([self.network(part) for part in seen.split(_SLICES)])
+        return logits.float().softmax(1)[:, 1:]

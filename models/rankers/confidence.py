@@ -9,7 +9,7 @@ from torch import Tensor
 from onelabel.configs.schema import ConfidenceRankerConfig
 from onelabel.imaging.random import derive
 from onelabel.models.rankers.base import Predict, Ranker
-from onelabel.models.rankers.views import back, look, sample_views
+from onelabel.models.rankers.views import sample_views, seen_by
 
 
 class ConfidenceRanker(Ranker):
@@ -33,8 +33,7 @@ class ConfidenceRanker(Ranker):
         if self.config.of == "prediction":
             return probability
         if self.config.of == "views":
-            seen = [back(predict(look(image, view)), view) for view in self.views]
-            return torch.stack([probability, *seen]).mean(0)
+            return torch.stack([probability, *seen_by(predict, image, self.views)]).mean(0)
         total = torch.zeros_like(probability)
         for number in range(len(self.views)):
             torch.manual_seed(derive("dropout", number))  # dropout draws from nothing else

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from onelabel.configs.schema import ConsistencyRankerConfig
 from onelabel.models.rankers.base import Predict, Ranker, agreement
-from onelabel.models.rankers.views import back, look, sample_views
+from onelabel.models.rankers.views import sample_views, seen_by
 
 
 class ConsistencyRanker(Ranker):
@@ -19,8 +19,7 @@ class ConsistencyRanker(Ranker):
     def score(self, image: Tensor, probability: Tensor, predict: Predict) -> Tensor:
         """Median over the views, the image itself included, of the Dice with what most of them say."""
         classes = probability.shape[1]
-        masks = [probability.argmax(1)]
-        masks += [back(predict(look(image, view)), view).argmax(1) for view in self.views]
+        masks = [each.argmax(1) for each in (probability, *seen_by(predict, image, self.views))]
         votes = torch.stack([F.one_hot(mask, classes) for mask in masks]).sum(0)
         most = votes.argmax(-1)
         scores = [

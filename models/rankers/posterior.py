@@ -5,7 +5,7 @@ from torch import Tensor
 
 from onelabel.configs.schema import PosteriorRankerConfig
 from onelabel.models.rankers.base import Predict, Ranker
-from onelabel.models.rankers.views import back, look, sample_views
+from onelabel.models.rankers.views import sample_views, seen_by
 
 
 class PosteriorRanker(Ranker):
@@ -17,8 +17,7 @@ class PosteriorRanker(Ranker):
     @torch.inference_mode()
     def score(self, image: Tensor, probability: Tensor, predict: Predict) -> Tensor:
         """Soft Dice of the foreground of mask and mean probability: 2 sum(p m) / (sum(p) + sum(m))."""
-        seen = [predict(image)] + [back(predict(look(image, view)), view) for view in self.views]
-        mean = torch.stack(seen).mean(0)[:, 1:]
+        mean = torch.stack([predict(image), *seen_by(predict, image, self.views)]).mean(0)[:, 1:]
         label = probability.argmax(1, keepdim=True)
         mask = label == torch.arange(1, probability.shape[1], device=label.device).view(-1, *[1] * (label.ndim - 2))
         overlap, total = (part.flatten(1).sum(1, dtype=torch.float64) for part in (mean * mask, mean + mask))

@@ -1,15 +1,17 @@
 """Changed copies of an image, and the way back for what a network says of them."""
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from onelabel.configs.schema import ViewsConfig
+from onelabel.configs.streams import ViewsConfig
 from onelabel.imaging import random
 from onelabel.imaging.random import uniform
+from onelabel.models.rankers.base import Predict
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,11 @@ def back(probability: Tensor, view: View, /) -> Tensor:
     known = _flip(_rotate(probability, -view.angle), view)
     unseen = (1 - known.sum(1, keepdim=True)).clamp(min=0)
     return torch.cat([known[:, :1] + unseen, known[:, 1:]], dim=1)
+
+
+def seen_by(predict: Predict, image: Tensor, views: Sequence[View], /) -> Iterator[Tensor]:
+    """What a network says of each view of an image: probabilities (B, classes, *size) on the image's own grid."""
+    return (back(predict(look(image, view)), view) for view in views)
 
 
 def _flip(volume: Tensor, view: View) -> Tensor:

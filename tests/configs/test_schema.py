@@ -191,3 +191,57 @@ def test_a_threshold_needs_an_expected_dice(change: dict[str, Any]) -> None:
 def test_a_selection_of_no_type_is_one_of_the_best_k() -> None:
     assert run(stage(ranker=RANKER, select={"k": 3})).stages[0].select == TopKConfig(k=(3,))
     assert run(stage(ranker=RANKER, select={"k": [3, 5]})).stages[0].select == TopKConfig(k=(3, 5))
+
+
+def stage_of(**changes: Any) -> Any:
+    return run(stage(**changes)).stages[0]
+
+
+SOFT = {"train": [{"type": "real", "of": "selected", "soft": True}]}
+RIM = {"train": [{"type": "synthetic", "of": "selected", "ignore": [0.2, 0.8]}]}
+
+
+def test_pseudo_labels_are_made_of_what_is_ranked() -> None:
+    assert stage_of(pseudo={}, ranker=RANKER).pseudo is not None
+    with pytest.raises(ConfigError, match="stage 'base' sets pseudo, but has no ranker"):
+        stage_of(pseudo={})
+    for ranker in (RANKER, {"type": "fused", "rankers": [{"type": "posterior"}, RANKER]}):
+        stage_of(pseudo={"project": True}, ranker=ranker)
+    for ranker in ({"type": "posterior"}, {"type": "oracle"}):
+        stage_of(pseudo={}, ranker=ranker)
+        with pytest.raises(
+            ConfigError, match="stage 'base' sets pseudo.project: it needs a ranker of type autoencoder"
+        ):
+            stage_of(pseudo={"project": True}, ranker=ranker)
+    for bad in ({"rounds": 0}, {"views": {"passes": 0}}):
+        with pytest.raises(ConfigError):
+            stage_of(pseudo=bad, ranker=RANKER)
+
+
+@pytest.mark.parametrize("streams", [SOFT, RIM])
+def test_only_pseudo_labels_have_probabilities(streams: dict[str, Any]) -> None:
+    made, hard = {"ranker": RANKER, "pseudo": {}}, {"ranker": RANKER}
+    last = stage("last", streams=streams)
+    run(stage("base", **made), last)
+    run(stage("base", **made), stage("between"), last)
+    run(stage("base", **made), last | made | {"rounds": 3})
+    run(stage("base", **made), last | hard)  # of which no round reads what it selects itself
+    for stages, named in (
+        ([stage("base", **hard), last | made], "base"),
+        ([stage("first", **made), stage("base", **hard), last], "base"),
+        ([stage("base", **made), last | hard | {"rounds": 2}], "last"),
+    ):
+        with pytest.raises(ConfigError, match=f"stage 'last' sets soft or ignore: stage '{named}' must set pseudo"):
+            run(*stages)
+    of_labelled = {"train": [part | {"of": "labelled"} for part in streams["train"]]}
+    with pytest.raises(ConfigError, match="stage 'last' sets soft or ignore: only streams of selected scans may"):
+        run(stage("base", **made), stage("last", streams=of_labelled))
+
+
+@pytest.mark.parametrize(
+    "change", [{"soft": True, "ignore": [0.2, 0.8]}, {"ignore": [0.8, 0.2]}, {"ignore": [0.5, 1.1]}]
+)
+def test_a_probability_is_read_in_one_way(change: dict[str, Any]) -> None:
+    base = stage("base", ranker=RANKER, pseudo={})
+    with pytest.raises(ConfigError):
+        run(base, stage("last", streams={"train": [{"type": "real", "of": "selected"} | change]}))

@@ -1,8 +1,11 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from scipy.ndimage import gaussian_filter
 
 from onelabel.configs.augmentation import BinsConfig
-from onelabel.imaging.labels import BinnedScan, bin_scan
+from onelabel.imaging.labels import HALF, BinnedScan, bin_scan
 
 SIZE = (20, 24, 16)
 SPACING_MM = (3.0, 2.5, 4.0)
@@ -25,3 +28,10 @@ def head() -> tuple[np.ndarray, np.ndarray]:
 def scan(head: tuple[np.ndarray, np.ndarray]) -> BinnedScan:
     """The head, binned."""
     return bin_scan(*head, spacing_mm=SPACING_MM, config=BinsConfig())
+
+
+@pytest.fixture(scope="session")
+def graded(scan: BinnedScan) -> BinnedScan:
+    """The head with a probability that falls off across the edge of its brain."""
+    probability = np.rint(255 * gaussian_filter((scan.target > 0).astype(float), 1.2)).astype(np.uint8)
+    return replace(scan, probability=probability, target=(probability > HALF).astype(np.int8))

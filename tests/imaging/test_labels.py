@@ -6,7 +6,7 @@ import pytest
 
 from onelabel.configs.augmentation import BinsConfig
 from onelabel.errors import DataError
-from onelabel.imaging.labels import AIR, IGNORE, LEVELS, BinnedScan, bin_scan, label_map, label_table
+from onelabel.imaging.labels import AIR, HALF, IGNORE, LEVELS, BinnedScan, bin_scan, class_table, label_map, label_table
 
 METHODS = get_args(BinsConfig.model_fields["method"].annotation)
 SPACING_MM = (3.0, 2.5, 4.0)
@@ -195,3 +195,27 @@ def test_the_table_covers_every_class_and_level(scan: BinnedScan) -> None:
     assert table.shape == (2 * LEVELS,)
     code = scan.target.astype(int) * LEVELS + scan.levels
     assert np.array_equal(table[code], label_map(scan, (5, 4)))
+
+
+def test_one_half_parts_the_levels_of_a_probability() -> None:
+    classes = class_table()
+    assert (classes.shape, classes.dtype) == ((LEVELS,), np.int8)
+    assert np.array_equal(classes, np.arange(LEVELS) > HALF)
+
+
+def test_the_mean_class_over_thresholds_is_the_probability() -> None:
+    thresholds = (np.arange(5100) + 0.5) / 5100
+    mean = np.mean([class_table(threshold) for threshold in thresholds], axis=0)
+    assert np.abs(mean - np.arange(LEVELS) / 255).max() < 1e-3
+    assert class_table(0.0).tolist() == [0] + [1] * 255 and not class_table(1.0).any()
+
+
+@pytest.mark.parametrize("ignore", [(0.2, 0.8), (0.6, 0.9), (0.0, 1.0), (0.5, 0.5)])
+def test_what_is_ignored_is_unknown_but_keeps_its_class(ignore: tuple[float, float]) -> None:
+    classes, plain = class_table(0.5, ignore), class_table()
+    share = np.arange(LEVELS) / 255
+    between = (ignore[0] < share) & (share < ignore[1])
+    assert classes.dtype == np.int8
+    assert np.array_equal(np.maximum(classes, IGNORE) == IGNORE, between)
+    assert np.array_equal(np.maximum(classes, ~classes), plain)
+    assert np.array_equal(classes[~between], plain[~between])

@@ -2,9 +2,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.ndimage import gaussian_filter
 
 from onelabel.configs.augmentation import BinsConfig
 from onelabel.errors import DataError
+from onelabel.imaging.labels import HALF
 from onelabel.imaging.prepare import image_on_grid, scan_on_grid
 from onelabel.imaging.volume import Grid, Volume, save
 
@@ -42,6 +44,35 @@ def test_any_label_is_foreground(head: Head, value: int, tmp_path: Path) -> None
     assert volume_mm3 == pytest.approx(head[1].sum() * 3 * 2.5 * 4, rel=0.05)
     # Image and mask lie on one grid: the phantom's brain is bright.
     assert scan.levels[scan.target == 1].min() > 0.4 * 255
+
+
+@pytest.mark.parametrize("spacing", [(3.0, 2.5, 4.0), (4.0, 4.0, 4.0)])
+def test_a_probability_comes_along(head: Head, spacing: tuple[float, float, float], tmp_path: Path) -> None:
+    share = gaussian_filter(head[1].astype(float), 1.5)
+    share[share < 0.01] = 0.01  # above nothing in every voxel, as networks have it
+    save(Volume(head[0], AFFINE), tmp_path / "a.nii.gz")
+    save(Volume(np.rint(255 * share).astype(np.uint8), AFFINE), tmp_path / "p.nii.gz")
+    paths = (str(tmp_path / "a.nii.gz"), str(tmp_path / "p.nii.gz"))
+    grid = Grid(spacing, head[0].shape if spacing == (3.0, 2.5, 4.0) else GRID.size)
+    scan = scan_on_grid(*paths, grid, bins=BinsConfig(), seed=0, probability=True)
+    assert scan.probability is not None
+    assert (scan.probability.shape, scan.probability.dtype) == (grid.size, np.uint8)
+    assert np.array_equal(scan.target, scan.probability > HALF)
+    if grid.size == head[0].shape:
+        assert np.array_equal(scan.probability, np.rint(255 * share))
+    inside = scan.probability[scan.distance_mm < -8]
+    assert inside.size and inside.mean() > 0.8 * 255
+    # As a label map it would be structure everywhere.
+    with pytest.raises(DataError, match="labels every voxel"):
+        scan_on_grid(*paths, grid, bins=BinsConfig(), seed=0)
+
+
+def test_a_probability_without_structure_is_an_error(head: Head, tmp_path: Path) -> None:
+    save(Volume(head[0], AFFINE), tmp_path / "a.nii.gz")
+    save(Volume((127 * head[1]).astype(np.uint8), AFFINE), tmp_path / "p.nii.gz")
+    paths = (str(tmp_path / "a.nii.gz"), str(tmp_path / "p.nii.gz"))
+    with pytest.raises(DataError, match="labels no voxel"):
+        scan_on_grid(*paths, GRID, bins=BinsConfig(), seed=0, probability=True)
 
 
 def test_a_structure_lost_on_the_grid_is_an_error(head: Head, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from onelabel.configs.augmentation import AugmentConfig, BinsConfig, DeformConfig, SynthesisConfig
 from onelabel.imaging import augment, deform, synthesis
 from onelabel.imaging.augment import Spread
-from onelabel.imaging.labels import IGNORE, BinnedScan, bin_scan
+from onelabel.imaging.labels import IGNORE, BinnedScan, bin_scan, class_table
 
 SPACING_MM = (3.0, 2.5, 4.0)
 CPU = torch.device("cpu")
@@ -204,3 +204,62 @@ def test_the_torch_engine_never_waits_for_its_device(scan: BinnedScan, real: boo
     with _Waits() as waits:
         torch.ones(3).sum().item()
     assert waits.found
+
+
+# Probabilities
+
+
+def read(scan: BinnedScan, classes: np.ndarray | None, seed: int, engine: str, *, real: bool) -> tuple[Any, Any]:
+    """One pair, and all else drawn alike."""
+    config = SynthesisConfig.model_validate({"strip": {"probability": 0.5}})
+    source = torch.Generator().manual_seed(seed)
+    params = synthesis.sample_params(scan, config, spacing_mm=SPACING_MM, real=real, generator=source)
+    params = replace(params, classes=classes)
+    if engine == "torch":
+        return synthesis.in_torch(scan, params, spacing_mm=SPACING_MM, device=CPU)
+    return synthesis.synthesise(scan, params, spacing_mm=SPACING_MM)
+
+
+@pytest.mark.parametrize("real", [False, True])
+@pytest.mark.parametrize("classes", [class_table(0.1), class_table(0.9), class_table(0.5, (0.1, 0.8))])
+def test_both_engines_read_probabilities_alike(graded: BinnedScan, classes: np.ndarray, real: bool) -> None:
+    same, close, seen = [], [], set()
+    for seed in range(30):
+        image, label = read(graded, classes, seed, "compiled", real=real)
+        twin, twin_label = read(graded, classes, seed, "torch", real=real)
+        same.append((label == twin_label).float().mean())
+        close.append(((image / 255 - twin).abs() <= 0.01).float().mean())
+        seen |= set(label.unique().tolist()) | set(twin_label.unique().tolist())
+    assert np.mean(same) >= 0.9999
+    assert np.mean(close) >= 0.999
+    assert seen == set(np.maximum(classes, IGNORE).tolist())
+
+
+@pytest.mark.parametrize("real", [False, True])
+@pytest.mark.parametrize("engine", ["compiled", "torch"])
+def test_a_threshold_makes_the_mask_that_it_leaves(graded: BinnedScan, engine: str, real: bool) -> None:
+    assert graded.probability is not None
+    for seed, threshold in enumerate((0.05, 0.5, 0.95)):
+        hard = replace(graded, target=(graded.probability > 255 * threshold).astype(np.int8), probability=None)
+        one = read(graded, class_table(threshold), seed, engine, real=real)
+        other = read(hard, None, seed, engine, real=real)
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("real", [False, True])
+@pytest.mark.parametrize("engine", ["compiled", "torch"])
+def test_what_is_ignored_keeps_its_look(graded: BinnedScan, engine: str, real: bool) -> None:
+    unknown = 0
+    for seed in range(8):
+        image, label = read(graded, class_table(0.5, (0.2, 0.8)), seed, engine, real=real)
+        plain, hard = read(graded, None, seed, engine, real=real)
+        assert torch.equal(image, plain)
+        assert torch.equal(label[label != IGNORE], hard[label != IGNORE])
+        unknown += int((label == IGNORE).sum())
+    assert unknown
+
+
+def test_a_hard_label_is_read_in_one_way(scan: BinnedScan) -> None:
+    for engine in ("compiled", "torch"):
+        one, other = (read(scan, classes, 3, engine, real=False) for classes in (class_table(0.9), None))
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(one, other, strict=True))

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -88,7 +89,7 @@ def test_an_empty_mask_is_flagged_whatever_is_expected(run: Path, scan: Volume) 
     judge = quality.load(run, predictor)
     assert judge
     prediction = predictor(scan)
-    empty = type(prediction)(Volume(prediction.mask.data * 0, scan.affine), prediction.image, prediction.probability)
+    empty = replace(prediction, mask=Volume(prediction.mask.data * 0, scan.affine))
     assert judge(empty).flag
     if prediction.mask.data.any():
         assert not judge(prediction).flag

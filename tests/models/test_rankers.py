@@ -10,8 +10,8 @@ from onelabel.configs.schema import (
     ConsistencyRankerConfig,
     PosteriorRankerConfig,
     UNetConfig,
-    ViewsConfig,
 )
+from onelabel.configs.streams import ViewsConfig
 from onelabel.models import networks
 from onelabel.models.learners import LEARNERS, Progress, Samples
 from onelabel.models.networks.autoencoder import Autoencoder

@@ -8,6 +8,7 @@ from onelabel.configs.load import parse
 from onelabel.configs.schema import RunConfig
 from onelabel.errors import DataError
 from onelabel.orchestrator.rounds import MARKER, Round, plan, pseudo_labels
+from onelabel.orchestrator.work import pseudo_of
 
 
 def config(*rounds: int) -> RunConfig:
@@ -106,7 +107,8 @@ def test_a_failed_write_leaves_the_old_table(first: Round) -> None:
 
 def selection(*keys: str) -> pa.Table:
     rows = [{"key": key, "image": f"/scans/{key}.nii", "mask": f"/masks/{key}.nii.gz", "weight": 0.5} for key in keys]
-    schema = pa.schema([(name, pa.string()) for name in ("key", "image", "mask")] + [("weight", pa.float64())])
+    columns = ("key", "image", "mask", "probability")
+    schema = pa.schema([(name, pa.string()) for name in columns] + [("weight", pa.float64())])
     return pa.Table.from_pylist(rows, schema=schema)
 
 
@@ -122,6 +124,28 @@ def test_selected_masks_become_labels() -> None:
     }
     with pytest.raises(DataError):
         pseudo_labels(selection("a", "a"))
+
+
+def test_where_there_is_a_probability_it_is_the_label() -> None:
+    table = selection("a", "b")
+    table = table.set_column(3, "probability", pa.array(["/probabilities/a.nii.gz", None]))
+    rows = pseudo_labels(table).rows()
+    assert [row["label"] for row in rows] == ["/probabilities/a.nii.gz", "/masks/b.nii.gz"]
+    assert [row["kind"] for row in rows] == ["probability", "pseudo"]
+
+
+def test_pseudo_labels_are_of_the_last_rounds_there_are(tmp_path: Path) -> None:
+    for count, expected in ((1, [[], [], []]), (2, [[], [0], [1]]), (9, [[], [0], [0, 1]])):
+        stage = {"name": "s", "rounds": 3, "steps": 1, "start": "scratch", "streams": {"train": [{"type": "mask"}]}}
+        stage |= {"ranker": {"type": "random"}, "pseudo": {"rounds": count}}
+        data = {"labelled": "one.nii.gz", "unlabelled": "many"}
+        rounds = plan(parse({"name": "test", "data": data, "stages": [stage]}), tmp_path)
+        for now, places in zip(rounds, expected, strict=True):
+            pseudo = pseudo_of(now, rounds[: now.index])
+            assert pseudo and pseudo.out == now.folder / "probabilities"
+            assert list(pseudo.earlier) == [rounds[place].checkpoint for place in places]
+    first, second = plan(config(2), tmp_path)
+    assert pseudo_of(second, [first]) is None
 
 
 def test_an_empty_selection_is_an_empty_cohort() -> None:

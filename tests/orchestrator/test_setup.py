@@ -1,4 +1,5 @@
 import gzip
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from onelabel.configs.load import load, parse
 from onelabel.configs.schema import RunConfig
 from onelabel.errors import ClusterError, ConfigError, DataError, OnelabelError
-from onelabel.orchestrator.setup import open_cohorts, open_folder
+from onelabel.orchestrator.setup import needs, open_cohorts, open_folder
 
 SIZE = (12, 14, 10)
 RANKER = {"type": "autoencoder"}
@@ -201,6 +202,15 @@ def test_rows_are_chosen_and_columns_named(data: Path) -> None:
     assert [row["key"] for row in cohorts.labelled.rows()] == ["x"]
     assert "'split' = 'none'" in refusal(config(data, data=scans | {"labelled": source | {"where": {"split": "none"}}}))
     assert "no column 'skull'" in refusal(config(data, data=scans | {"labelled": source | {"label_column": "skull"}}))
+
+
+def test_scans_that_are_probabilities_take_more_of_the_store(data: Path) -> None:
+    bytes_of = {}
+    for name, pseudo in (("hard", None), ("graded", {})):
+        run = config(data, stage={"pseudo": pseudo})
+        bytes_of[name] = needs(run, open_cohorts(run))["store_bytes"]
+    voxels = math.prod(config(data).grid.size)
+    assert bytes_of["graded"] - bytes_of["hard"] == 2 * voxels  # k = 2
 
 
 def test_a_new_folder_records_its_settings(data: Path) -> None:

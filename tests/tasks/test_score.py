@@ -20,13 +20,18 @@ from onelabel.configs.schema import (
     RandomRankerConfig,
     RunConfig,
 )
+from onelabel.configs.streams import PseudoLabelConfig, ViewsConfig
+from onelabel.imaging import volume
+from onelabel.imaging.labels import HALF
 from onelabel.imaging.prepare import scan_on_grid
 from onelabel.imaging.volume import Grid
 from onelabel.models import checkpoint, networks
 from onelabel.models.checkpoint import Meta
-from onelabel.models.rankers import fuse
+from onelabel.models.predictor import Predictor
+from onelabel.models.pseudo import PseudoLabeller
+from onelabel.models.rankers import AutoencoderRanker, fuse
 from onelabel.tasks.cohort import SCHEMA, Cohort
-from onelabel.tasks.score import EXPECTED, Probes, ScoreTask, score
+from onelabel.tasks.score import EXPECTED, Probes, Pseudo, ScoreTask, score
 
 
 def test_each_scan_is_a_row_and_a_broken_one_has_an_error(
@@ -119,3 +124,40 @@ def test_probes_tell_what_dice_a_score_speaks_for(
     assert fewer.select(EXPECTED).equals(found.select(EXPECTED).slice(0, 1))
     chance = replace(task, ranker=RandomRankerConfig(), fitted=())
     assert score(heads, chance, compute=config.compute)[1] is None
+
+
+def test_pseudo_labels_are_written_beside_the_masks(
+    ray_cluster: None, heads: Cohort, config: RunConfig, tmp_path: Path
+) -> None:
+    autoencoder = AutoencoderNetworkConfig(size=64, width=8)
+    torch.manual_seed(0)
+    for name, network in (("now", config.network), ("before", config.network), ("autoencoder", autoencoder)):
+        built = networks.build(network)
+        for parameter in built.parameters():  # far enough from one half for a structure
+            parameter.data *= 1 if name == "autoencoder" else 3
+        meta = Meta(network.model_dump(mode="json"), name, config.grid.model_dump(mode="json"), 0, 0, "")
+        checkpoint.save(tmp_path / name, built, meta)
+    task = ScoreTask(tmp_path / "now", tmp_path / "masks", AutoencoderRankerConfig(), (tmp_path / "autoencoder",))
+    plain = score(heads, task, compute=config.compute)[0]
+    assert plain["probability"].to_pylist() == [None] * 3 and not (tmp_path / "probabilities").exists()
+    views = ViewsConfig(passes=2)
+    for project in (False, True):
+        settings = PseudoLabelConfig(views=views, rounds=2, project=project)
+        pseudo = Pseudo(settings, tmp_path / "probabilities", (tmp_path / "before",))
+        table = score(heads, replace(task, pseudo=pseudo), compute=config.compute)[0]
+        same = [name for name in table.column_names if name != "probability" and not name.endswith("_cpu_s")]
+        assert table.select(same).equals(plain.select(same))
+        now, before = (Predictor(tmp_path / name, precision="float32") for name in ("now", "before"))
+        ranker = AutoencoderRanker(checkpoint.load(tmp_path / "autoencoder")[0]) if project else None
+        labeller = PseudoLabeller(settings, now.probability, earlier=[before.probability], autoencoder=ranker)
+        for row in table.to_pylist():
+            expected = labeller(now(volume.load(row["image"]))).data
+            learnable = (expected > HALF).any() and not (expected > HALF).all()
+            assert (row["probability"] is not None) == learnable
+            if learnable:
+                written = nib.load(row["probability"])
+                assert row["probability"] == str(tmp_path / "probabilities" / f"{row['key']}.nii.gz")
+                assert np.asarray(written.dataobj).dtype == np.uint8
+                assert np.abs(np.asarray(written.dataobj, int) - expected).max() <= 1
+                assert np.allclose(written.affine, nib.load(row["image"]).affine)
+        assert project or any(table["probability"].to_pylist())

@@ -1,19 +1,27 @@
+import pickle
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
+import pyarrow as pa
 import pytest
 import ray
 import torch
+from scipy.ndimage import gaussian_filter
 
-from onelabel.configs.augmentation import DeformConfig
-from onelabel.configs.schema import GridConfig, RunConfig, StreamConfig
+from onelabel.configs.augmentation import DeformConfig, SynthesisConfig
+from onelabel.configs.schema import GridConfig, RunConfig
+from onelabel.configs.streams import StreamConfig
 from onelabel.errors import DataError
+from onelabel.imaging.labels import IGNORE
 from onelabel.tasks import streams
-from onelabel.tasks.cohort import Cohort
+from onelabel.tasks.cohort import PROBABILITY, Cohort
 from onelabel.tasks.streams import Stream, SynthPool
 
 CPU = torch.device("cpu")
+STILL = DeformConfig(translate_mm=0, rotate_deg=0, scale=(1, 1), shear=0, warp_mm=(0, 0), flip=0)
 
 
 @pytest.fixture(scope="module")
@@ -90,12 +98,64 @@ def test_ingredients_come_by_their_shares_and_weights(stream: Stream) -> None:
 
 
 def test_mask_stream_deforms_the_mask_alone(prepared: list[Any], config: RunConfig) -> None:
-    still = DeformConfig(translate_mm=0, rotate_deg=0, scale=(1, 1), shear=0, warp_mm=(0, 0), flip=0)
-    parts = (StreamConfig(type="mask", deform=still),)
+    parts = (StreamConfig(type="mask", deform=STILL),)
     built = streams.build(parts, config, scans={"labelled": (prepared[:1], [1.0])}, seed=0)
     image, label, _ = streams.draw(built, 0)
     assert image.size == 0
     assert np.array_equal(label, ray.get(prepared[0]).target)
+
+
+@pytest.fixture
+def graded(ray_cluster: None, heads: Cohort, config: RunConfig, tmp_path: Path) -> list[Any]:
+    """One prepared scan whose label is a probability."""
+    row = heads.rows()[0]
+    mask = nib.load(row["label"])
+    share = gaussian_filter(np.asarray(mask.dataobj, np.float64), 2)
+    nib.save(nib.Nifti1Image(np.rint(255 * share).astype(np.uint8), mask.affine), tmp_path / "p.nii.gz")
+    changed = row | {"label": str(tmp_path / "p.nii.gz"), "kind": PROBABILITY}
+    return streams.prepare(Cohort(pa.Table.from_pylist([changed], heads.table.schema)), config)
+
+
+def labels(graded: list[Any], config: RunConfig, count: int, **how: Any) -> np.ndarray:
+    """Labels of the first samples, as they lie: (count, *size)."""
+    settings = config.synthesis.model_dump()
+    settings["augment"] = {name: effect | {"probability": 0} for name, effect in settings["augment"].items()}
+    still = config.model_copy(update={"synthesis": SynthesisConfig.model_validate(settings)})
+    parts = (StreamConfig(of="selected", deform=STILL, **how),)
+    built = streams.build(parts, still, scans={"selected": (graded, [1.0])}, seed=0)
+    return np.stack([streams.draw(built, index)[1] for index in range(count)])
+
+
+@pytest.mark.parametrize("kind", ["real", "synthetic"])
+def test_soft_labels_are_the_probability_in_the_mean(graded: list[Any], config: RunConfig, kind: str) -> None:
+    share = ray.get(graded[0]).probability / 255
+    drawn = labels(graded, config, 400, type=kind, soft=True)
+    assert set(np.unique(drawn)) == {0, 1}
+    # Five standard errors; all voxels of a sample share its threshold.
+    assert np.abs(drawn.mean(0) - share).max() < 5 * 0.5 / np.sqrt(400)
+    assert np.array_equal(drawn.all(0) | ~drawn.any(0), (drawn.mean(0) == 0) | (drawn.mean(0) == 1))
+    assert drawn[:, share == 1].all() and not drawn[:, share == 0].any()
+    assert np.array_equal(drawn[:3], labels(graded, config, 3, type=kind, soft=True))
+
+
+@pytest.mark.parametrize("kind", ["real", "synthetic"])
+def test_ignored_voxels_and_they_alone_are_unknown(graded: list[Any], config: RunConfig, kind: str) -> None:
+    scan = ray.get(graded[0])
+    share = scan.probability / 255
+    drawn = labels(graded, config, 3, type=kind, ignore=(0.2, 0.8))
+    between = (share > 0.2) & (share < 0.8)
+    assert between.any()
+    for label in drawn:
+        assert np.array_equal(label == IGNORE, between)
+        assert np.array_equal(label[~between], scan.target[~between])
+    assert all(np.array_equal(label, scan.target) for label in labels(graded, config, 3, type=kind))
+
+
+def test_a_scan_takes_the_memory_that_is_declared(graded: list[Any], prepared: list[Any], config: RunConfig) -> None:
+    voxels = config.grid.size[0] ** 3
+    for scan, probability in ((graded[0], True), (prepared[0], False)):
+        held = len(pickle.dumps(ray.get(scan), protocol=5))
+        assert 0 <= held - streams.scan_bytes(voxels, probability=probability) < 10_000
 
 
 def test_a_scan_that_cannot_be_prepared_is_named(ray_cluster: None, heads: Cohort, config: RunConfig) -> None:

@@ -1,0 +1,70 @@
+"""What the next round learns from in a mask's place: a probability on which several looks agree."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from onelabel.configs.streams import PseudoLabelConfig
+from onelabel.imaging import volume
+from onelabel.imaging.labels import LEVELS
+from onelabel.imaging.volume import Volume
+from onelabel.models.predictor import Prediction, clean
+from onelabel.models.rankers.autoencoder import AutoencoderRanker
+from onelabel.models.rankers.base import Predict
+from onelabel.models.rankers.views import sample_views, seen_by
+
+
+class PseudoLabeller:
+    """The mean over networks and views, or what a mask autoencoder makes of it.
+
+    predict : the present network, which made the predictions; earlier : networks of earlier rounds, on the same grid
+    autoencoder : if masks are to be projected
+    """
+
+    def __init__(
+        self,
+        config: PseudoLabelConfig,
+        predict: Predict,
+        /,
+        *,
+        earlier: Sequence[Predict] = (),
+        autoencoder: AutoencoderRanker | None = None,
+    ) -> None:
+        self.predict, self.earlier, self.autoencoder = predict, earlier, autoencoder
+        self.views = sample_views(config.views) if config.views else []
+
+    def __call__(self, prediction: Prediction, /) -> Volume:
+        """The foreground's probability on the scan's own grid, (*native) uint8: 255 for 1.
+
+        As in masks only the largest component of what exceeds one half is kept and its holes are filled: 0 in what is
+        lost, 1 in what is filled.
+        """
+        mask = prediction.mask
+        on_grid = self.on_grid(prediction).cpu().numpy()
+        native = volume.restore(on_grid, prediction.affine, mask.shape, mask.affine).clip(0, 1)
+        structure = native > 0.5
+        kept = clean(structure.astype(np.uint8)) > 0
+        native[structure & ~kept], native[kept & ~structure] = 0, 1
+        levels = np.ceil(native * (LEVELS - 1) - 0.5)  # one half, where two networks differ, is no structure
+        return Volume(levels.astype(np.uint8), mask.affine)
+
+    @torch.inference_mode()
+    def on_grid(self, prediction: Prediction, /) -> Tensor:
+        """The foreground's probability (*size) float32 on the network's grid."""
+        total, passes = torch.zeros_like(prediction.probability), 0
+        for probability in self._passes(prediction):
+            total += probability
+            passes += 1
+        if self.autoencoder:
+            return self.autoencoder.reconstruct(total[0].argmax(0))
+        return total[0, 1:].sum(0) / passes
+
+    def _passes(self, prediction: Prediction) -> Iterator[Tensor]:
+        """Class probabilities, as many of each network."""
+        yield prediction.probability
+        yield from seen_by(self.predict, prediction.image, self.views)
+        for predict in self.earlier:
+            yield predict(prediction.image)
+            yield from seen_by(predict, prediction.image, self.views)

@@ -1,0 +1,47 @@
+"""Self-training on probabilities: several networks and views, projected, read softly or with an ignored rim."""
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+
+Command = Callable[..., list[str]]
+PSEUDO = "{views: {passes: 2}, rounds: 2, project: true}"
+SETTINGS = [
+    *("stages.*.steps=30", "stages.*.ranker.network.dropout=0", "stages.*.ranker.learner.learning_rate=5.0e-3"),
+    *(f"stages.0.pseudo={PSEUDO}", f"stages.1.pseudo={PSEUDO}", "stages.*.expect.images=0"),
+    *("stages.1.streams.train.1.soft=true", "stages.1.streams.train.2.ignore=[0.2, 0.8]"),
+]
+
+
+def test_a_run_learns_from_probabilities_and_resumes(command: Command, tmp_path: Path) -> None:
+    run = tmp_path / "singlestrip"
+    process = subprocess.run(command(tmp_path, *SETTINGS), capture_output=True, text=True, check=False, timeout=1200)
+    assert process.returncode == 1, process.stderr[-3000:]  # one scan is broken
+    tables = [pq.read_table(run / f"round-0{number}" / "scores.parquet") for number in range(2)]
+    for row in [row for table in tables for row in table.to_pylist()]:
+        assert (row["probability"] is None) == (row["key"] == "broken")
+        if row["probability"]:
+            written, image = nib.load(row["probability"]), nib.load(row["image"])
+            assert written.shape == image.shape and np.allclose(written.affine, image.affine)
+            assert written.get_data_dtype() == np.uint8
+    # What is lost is made again from the networks of all rounds, which are kept.
+    last = run / "round-01"
+    before = {path.name: nib.load(path).get_fdata() for path in (last / "probabilities").iterdir()}
+    weights = torch.load(last / "checkpoint/weights.pt", weights_only=True)
+    for name in ("done", "scores.parquet", "selection.parquet", *(f"probabilities/{name}" for name in before)):
+        (last / name).unlink()
+    again = subprocess.run(command(tmp_path, *SETTINGS), capture_output=True, text=True, check=False, timeout=1200)
+    assert again.returncode == 1, again.stderr[-3000:]
+    assert (last / "done").is_file()
+    timed = ("predict_cpu_s", "rank_cpu_s")
+    assert pq.read_table(last / "scores.parquet").drop_columns(timed).equals(tables[1].drop_columns(timed))
+    assert all(
+        np.array_equal(nib.load(last / "probabilities" / name).get_fdata(), data) for name, data in before.items()
+    )
+    kept = torch.load(last / "checkpoint/weights.pt", weights_only=True)
+    assert all(torch.equal(kept[name], weights[name]) for name in weights)
