@@ -150,22 +150,3 @@ class SynthesisConfig(Base):
     intensity: IntensityConfig = Field(IntensityConfig(), description="labels to intensities")
     strip: StripConfig = Field(StripConfig(), description="partly stripped heads")
     augment: AugmentConfig = Field(AugmentConfig(), description="what scanners do to images")
-
-
-HARD = SynthesisConfig.model_validate(
-    {
-        "deform": {"rotate_deg": 60, "scale": (0.6, 1.5), "translate_mm": 30, "warp_mm": (0, 14)},
-        "intensity": {"real": 0.4},
-        "strip": {"probability": 0.3, "border_mm": (-12, 30)},
-        "augment": {
-            "bias": {"strength": (0, 0.95)},
-            "gamma": {"log_exponent": (-1.2, 1.2)},
-            "blur": {"fwhm_mm": (0, 12)},
-            "low_resolution": {"probability": 0.6, "spacing_mm": (2, 16)},
-            "motion": {"probability": 0.3},
-            "lines": {"probability": 0.3, "count": (1, 15)},
-            "noise": {"sd": (0, 0.3)},
-            "crop": {"probability": 0.5, "share": (0, 0.5)},
-        },
-    }
-)

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from onelabel.configs.augmentation import HARD, Base, DeformConfig, SynthesisConfig
+from onelabel.configs.augmentation import Base, DeformConfig, SynthesisConfig
 from onelabel.configs.selection import SelectConfig, ThresholdConfig, TopKConfig
 from onelabel.configs.streams import Ingredients, PseudoLabelConfig, StreamConfig, ViewsConfig
 
