@@ -180,7 +180,7 @@ def test_values_out_of_their_range(changes: dict[str, Any]) -> None:
     run()
 
 
-@pytest.mark.parametrize("change", [{"expect": {}}, {"ranker": {"type": "random"}}], ids=str)
+@pytest.mark.parametrize("change", [{"expect": {"images": 0}}, {"ranker": {"type": "random"}}], ids=str)
 def test_a_threshold_needs_an_expected_dice(change: dict[str, Any]) -> None:
     chosen = {"ranker": RANKER, "select": {"type": "threshold", "expected_dice": 0.9}, "expect": {"images": 64}}
     run(stage(**chosen))
