@@ -25,7 +25,7 @@ from onelabel.configs.schema import (
     single_rankers,
 )
 from onelabel.errors import SCAN_FAULTS, sentence
-from onelabel.imaging import metrics, random, synthesis, volume
+from onelabel.imaging import metrics, outputs, random, synthesis, volume
 from onelabel.imaging.random import derive
 from onelabel.models import checkpoint, rankers
 from onelabel.models.predictor import Predictor, clean
@@ -218,7 +218,7 @@ class Scorer:
         prediction = self.predictor(scan)
         row: dict[str, Any] = {"predict_cpu_s": time.process_time() - begin}
         path = self.task.out / f"{key}.nii.gz"
-        volume.save(prediction.mask, path, like=image, dtype=np.uint8)
+        outputs.save(prediction.mask, path, like=image, dtype=np.uint8)
         mask = prediction.mask.data > 0
         row |= {"mask": str(path), "volume_mm3": metrics.volume_mm3(mask, scan.spacing_mm)}
         row["thumbnail"] = _thumbnail(prediction.image)
