@@ -17,7 +17,8 @@ def distance(mask: NDArray[np.bool_], spacing_mm: Sequence[float], /) -> NDArray
     Returns
     -------
     (*size) float32, mm
-        Positive outside, negative inside, nowhere 0; where all voxels are on one side, the diagonal of the field of view.
+        Positive outside, negative inside, nowhere 0. Where all voxels are on one side, as far as the field of view's
+        diagonal.
     """
     far = float(np.linalg.norm(np.multiply(mask.shape, spacing_mm)))
     signed: NDArray[np.float32] = edt.sdf(np.ascontiguousarray(mask), anisotropy=tuple(spacing_mm))

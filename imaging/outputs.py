@@ -71,7 +71,8 @@ def save_inside(mask: NDArray[Any], path: str | Path, /, *, like: str | Path) ->
     """
     source = open_image(Path(like))
     known = isinstance(source.header, nib.Nifti1Header | nib.freesurfer.mghformat.MGHHeader)
-    raw = np.require(source.dataobj.get_unscaled() if known else np.asarray(source.dataobj, np.float32), None, "W")
+    proxy: Any = source.dataobj
+    raw = np.require(proxy.get_unscaled() if known else np.asarray(proxy, np.float32), None, "W")
     inside = mask.reshape(mask.shape + (1,) * (raw.ndim - mask.ndim)) > 0
     np.copyto(raw, _stored_zero(source, raw.dtype), where=~inside)
     if isinstance(source.header, nib.Nifti1Header):
@@ -115,9 +116,10 @@ def _header_like(source: SpatialImage, shape: tuple[int, ...]) -> nib.Nifti1Head
 
 def _stored_header(source: SpatialImage) -> nib.Nifti1Header:
     """The header as the file has it: nibabel mends what it reads."""
-    kind = type(source.header)
+    known: Any = source.header
     with source.file_map.get("header", source.file_map["image"]).get_prepare_fileobj("rb") as file:
-        return kind(file.read(kind.sizeof_hdr), endianness=source.header.endianness, check=False)
+        stored: nib.Nifti1Header = type(known)(file.read(known.sizeof_hdr), endianness=known.endianness, check=False)
+    return stored
 
 
 def _single(header: nib.Nifti1Header) -> type[nib.Nifti1Header]:
@@ -135,8 +137,9 @@ def _block(header: nib.Nifti1Header) -> bytes:
 def _block_of(source: SpatialImage) -> bytes:
     """All that stands before the voxels of a file; that of a pair as it is in a single file."""
     if "header" not in source.file_map:
+        proxy: Any = source.dataobj
         with source.file_map["image"].get_prepare_fileobj("rb") as file:
-            return bytes(file.read(source.dataobj.offset))
+            return bytes(file.read(proxy.offset))
     stored = _stored_header(source)
     kind = _single(stored)
     header = kind(stored.binaryblock, endianness=stored.endianness, check=False)

@@ -71,6 +71,7 @@ def _scaled(panels: list[tuple[NDArray, NDArray]]) -> list[NDArray]:
     try:
         levels = scale(np.concatenate([grey.ravel() for grey, _ in panels])) * (_GREYS - 1)
     except DataError:  # nothing to be seen in these slices
-        levels = np.zeros(sum(grey.size for grey, _ in panels))
+        levels = np.zeros(sum(grey.size for grey, _ in panels), np.float32)
     ends = np.cumsum([grey.size for grey, _ in panels])[:-1]
-    return [part.round().astype(np.uint8).reshape(grey.shape) for part, (grey, _) in zip(np.split(levels, ends), panels)]
+    parts = zip(np.split(levels.round().astype(np.uint8), ends), panels, strict=True)
+    return [part.reshape(grey.shape) for part, (grey, _) in parts]

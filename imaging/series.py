@@ -7,7 +7,7 @@ import nibabel as nib
 import numpy as np
 from nibabel.spatialimages import SpatialImage
 
-from onelabel.imaging.volume import Volume, checked, load, open_image, voxels
+from onelabel.imaging.volume import Volume, checked, open_image, voxels
 
 
 def read(path: Path, /, *, each: bool = False) -> Iterator[Volume]:
@@ -23,27 +23,28 @@ def read(path: Path, /, *, each: bool = False) -> Iterator[Volume]:
     DataError : see `volume.load`.
     """
     image = open_image(path)
-    if len(_shape(image)) != 4:
-        yield load(path)
+    return volumes(_kept_open(image, path) if _is_series(image) else image, path, each=each)
+
+
+def volumes(image: SpatialImage, name: Path, /, *, each: bool = False) -> Iterator[Volume]:
+    """Like `read`, of an image that is open; `name` stands in errors."""
+    if not _is_series(image):
+        yield checked(voxels(image, name), image, name)
         return
-    image = _kept_open(image, path)
     frames, rest = image.shape[3], (0,) * (len(image.shape) - 4)
     if each:
         for frame in range(frames):
-            yield checked(voxels(image, path, (..., frame, *rest)), image, path)
+            yield checked(voxels(image, name, (..., frame, *rest)), image, name)
         return
     mean = np.zeros(image.shape[:3], np.float32)
     for frame in range(frames):
-        mean += voxels(image, path, (..., frame, *rest)) / np.float32(frames)
-    yield checked(mean, image, path)
+        mean += voxels(image, name, (..., frame, *rest)) / np.float32(frames)
+    yield checked(mean, image, name)
 
 
-def _shape(image: SpatialImage) -> tuple[int, ...]:
-    """The shape without trailing axes of length one."""
-    shape = tuple(image.shape)
-    while len(shape) > 3 and shape[-1] == 1:
-        shape = shape[:-1]
-    return shape
+def _is_series(image: SpatialImage) -> bool:
+    """Whether there is a fourth axis that is longer than one, and none behind it."""
+    return len(image.shape) > 3 and image.shape[3] > 1 and set(image.shape[4:]) <= {1}
 
 
 def _kept_open(image: SpatialImage, path: Path) -> SpatialImage:

@@ -44,6 +44,7 @@ UNREADABLE = (
     MemoryError,
 )
 
+
 @dataclass(frozen=True)
 class Volume:
     """An image or a label map in space.

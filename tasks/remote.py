@@ -44,7 +44,9 @@ def find(uri: str, /, *, where: Mapping[str, str | Sequence[str]] | None = None)
     try:
         rows = _rows(uri, store, path, any_type=bool({"suffix", "datatype"} & set(where or ())))
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"'{uri}' cannot be read ({' '.join(str(error).split())}): check the URI and the keys.") from None
+        raise DataError(
+            f"'{uri}' cannot be read ({' '.join(str(error).split())}): check the URI and the keys."
+        ) from None
     if not rows:
         raise DataError(f"{uri} names no image: give a manifest, a folder, a glob, a BIDS dataset or an image there.")
     return keep(rows, where or {}, uri)

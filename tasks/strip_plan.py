@@ -1,5 +1,6 @@
 """What there is to strip, and what each result will be called: all that can be refused before any work."""
 
+import glob
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -84,9 +85,7 @@ def plan(
         raise DataError(f"the masks of {names} would both be called {min(still)}: strip them into different folders")
     keys = _repeated(job.key for job in jobs)
     jobs = [replace(job, key=_key(job.mask)) if job.key in keys else job for job in jobs]
-    return [
-        replace(job, brain=job.brain if image else "", distance=job.distance if distance else "") for job in jobs
-    ]
+    return [replace(job, brain=job.brain if image else "", distance=job.distance if distance else "") for job in jobs]
 
 
 def check_apart(inputs: Sequence[str], jobs: Sequence[Job], out: Folder, /) -> None:
@@ -97,19 +96,23 @@ def check_apart(inputs: Sequence[str], jobs: Sequence[Job], out: Folder, /) -> N
     DataError : the output folder lies inside an input folder, or results match an input's glob. A BIDS dataset's
         `derivatives` are no scans of it.
     """
+    written = [_real(out.path(name)) for job in jobs for name in job.results]
+    lost = {_real(job.image) for job in jobs} & set(written)
+    if lost:
+        raise DataError(f"'{min(lost)}' is an input and would be overwritten by a result: give another output folder")
     for source in map(places.localised, inputs):
-        place = source if places.is_uri(source) else os.path.realpath(Path(source).expanduser())
+        place = _real(source)
         pattern = places.matching(place)
         if _is_folder(place):
-            inside = (out.place if places.is_uri(out.place) else os.path.realpath(out.place)) + "/"
+            inside = _real(out.place).rstrip("/") + "/"
             root = place.rstrip("/") + "/"
             bad = inside.startswith(root) and not (_is_bids(place) and inside.startswith(f"{root}derivatives/"))
         else:
-            bad = any(pattern.match(out.path(name)) for job in jobs for name in job.results if out.path(name) != place)
+            bad = any(map(pattern.match, written))
         if bad:
             raise DataError(
-                f"the output folder '{out.place}' lies inside the input '{source}', where masks would be taken for scans"
-                " the next time: give a folder outside of it"
+                f"the output folder '{out.place}' lies inside the input '{source}', where results would be taken for"
+                " scans the next time: give a folder outside of it"
             )
 
 
@@ -138,9 +141,13 @@ def _inside(image: str, root: Path) -> str | None:
     return path.relative_to(root).as_posix() if root.is_dir() and path.is_relative_to(root) else None
 
 
+def _real(place: str) -> str:
+    return place if places.is_uri(place) else os.path.realpath(Path(place).expanduser())
+
+
 def _is_folder(place: str) -> bool:
     if places.is_uri(place):
-        return not remote.glob.has_magic(place) and not place.endswith((*IMAGE_ENDINGS, ".csv", ".tsv", ".parquet"))
+        return not glob.has_magic(place) and not place.endswith((*IMAGE_ENDINGS, ".csv", ".tsv", ".parquet"))
     return Path(place).is_dir()
 
 

@@ -11,7 +11,9 @@ COLOUR = (255, 96, 32)
 
 
 def ball(shape: tuple[int, ...], spacing_mm: tuple[float, ...]) -> np.ndarray:
-    axes = np.meshgrid(*((np.arange(n) - (n - 1) / 2) * step for n, step in zip(shape, spacing_mm)), indexing="ij")
+    axes = np.meshgrid(
+        *((np.arange(n) - (n - 1) / 2) * step for n, step in zip(shape, spacing_mm, strict=True)), indexing="ij"
+    )
     return (sum(axis**2 for axis in axes) < 60**2).astype(np.uint8)
 
 

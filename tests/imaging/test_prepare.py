@@ -5,8 +5,8 @@ import pytest
 
 from onelabel.configs.augmentation import BinsConfig
 from onelabel.errors import DataError
-from onelabel.imaging.prepare import image_on_grid, scan_on_grid
 from onelabel.imaging.outputs import save
+from onelabel.imaging.prepare import image_on_grid, scan_on_grid
 from onelabel.imaging.volume import Grid, Volume
 
 GRID = Grid((4.0, 4.0, 4.0), (16, 20, 16))

@@ -155,10 +155,10 @@ def test_strip_says_whether_scans_failed(command: Command, tmp_path: Path, capsy
     bad.write_bytes(b"bad")
     options = ("--out", tmp_path / "out", "--checkpoint", tmp_path / "net")
     assert command("strip", good, *options) == 0
-    assert "1 masks, 0 to look at, 0 failed" in capsys.readouterr().out
+    assert "1 stripped, 0 flagged, 0 failed" in capsys.readouterr().out
     assert command("strip", good, bad, *options, "--threads", "1") == 1
     said = capsys.readouterr()
-    assert "1 masks, 0 to look at, 1 failed" in said.out
+    assert "1 stripped (1 of them before), 0 flagged, 1 failed" in said.out
     assert "bad" in said.err
 
 
