@@ -256,20 +256,29 @@ def _begin(out: Folder) -> TextIO | None:
     lock = None
     try:
         if not places.is_uri(out.place):
-            hidden = Path(out.place) / HIDDEN
-            hidden.mkdir(parents=True, exist_ok=True)
-            lock = (hidden / "lock").open("w")
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock = _locked(Path(out.place) / HIDDEN)
         shutil.rmtree(out.scratch, ignore_errors=True)
         with out.writing(f"{HIDDEN}/writable") as file:
             file.touch()
-    except BlockingIOError:
-        raise DataError(
-            f"another onelabel strip writes to '{out.place}': wait for it, or give another folder"
-        ) from None
     except (OSError, pa.ArrowException) as error:
+        if lock:
+            lock.close()
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise DataError(f"the output folder '{out.place}' is not writable ({reason}): choose another") from error
+    return lock
+
+
+def _locked(folder: Path) -> TextIO:
+    """A file that is held until it is closed, or the process ends, however it does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = (folder / "lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise DataError(
+            f"another onelabel strip writes to '{folder.parent}': wait for it, or give another folder"
+        ) from None
     return lock
 
 

@@ -55,7 +55,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "checkpoint"
     grid = {"spacing_mm": (8.0, 8.0, 8.0), "size": (16, 16, 16)}
     meta = checkpoint.Meta(config.model_dump(mode="json"), "supervised", grid, step=0, seed=0, manifest_digest="")
-    torch.manual_seed(0)
+    torch.manual_seed(22)  # its masks are neither empty nor full
     checkpoint.save(folder, networks.build(config), meta)
     return folder
 
@@ -72,7 +72,9 @@ def write_scan() -> Callable[..., Path]:
     affine[:3, 3] = (30, -40, 12.5)
 
     def write(path: Path, *, shape: tuple[int, ...] = (12, 14, 10), seed: int = 0, dtype: type = np.float32) -> Path:
-        data = (np.random.default_rng(seed).random(shape) * 1000).astype(dtype)
+        place = np.indices(shape[:3]) - (np.array(shape[:3]).reshape(3, 1, 1, 1) - 1) / 2
+        head = (place**2).sum(0).reshape(*shape[:3], *(1 for _ in shape[3:])) < 16
+        data = ((np.random.default_rng(seed).random(shape) + 2 * head) * 300).astype(dtype)
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".mgz":
             nib.save(nib.MGHImage(data, affine), path)

@@ -126,8 +126,6 @@ def test_a_border_moves_the_edge(trained: Path, tmp_path: Path, write_scan: Writ
 def test_a_series_gets_one_mask_or_one_a_volume(
     trained: Path, tmp_path: Path, write_scan: WriteScan, each_frame: bool
 ) -> None:
-    trained: Path, tmp_path: Path, write_scan: WriteScan, each_frame: bool
-) -> None:
     scan = write_scan(tmp_path / "bold.nii.gz", shape=(*SHAPE, 3))
     settings = Settings(each_frame=each_frame)
     strip([str(scan)], out=tmp_path / "out", checkpoint=trained, settings=settings, image=True, distance=True)
