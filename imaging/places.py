@@ -77,7 +77,10 @@ def fetched(place: str, /, *, scratch: Path) -> Iterator[Path]:
         with _network():
             for each in _with_partner(store, PurePosixPath(path)):
                 fs.copy_files(str(each), str(folder / each.name), store, fs.LocalFileSystem())
-        yield folder / PurePosixPath(path).name
+        local = folder / PurePosixPath(path).name
+        yield local
+    except DataError as error:
+        raise DataError(str(error).replace(str(local), place)) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

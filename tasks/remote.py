@@ -29,7 +29,7 @@ _MANIFESTS = (".csv", ".tsv", ".parquet")
 
 
 def find(uri: str, /, *, where: Mapping[str, str | Sequence[str]] | None = None) -> list[Row]:
-    """Find the scans that a URI names, as `open_cohort` finds them on disks.
+    """Find the scans that a URI names, as `open_cohort` finds them on disks; in a glob, `?` begins the query.
 
     Returns
     -------

@@ -114,7 +114,7 @@ def start(scans: Path, out: Path, trained: Path, workers: int) -> subprocess.Pop
 
 def until(happens: Callable[[], Any], process: subprocess.Popen[str]) -> Any:
     """Wait for something; the process must not end before."""
-    end = time.monotonic() + 180
+    end = time.monotonic() + 500
     while not (found := happens()):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end
@@ -147,7 +147,7 @@ def test_a_killed_worker_is_replaced(
     children = psutil.Process(process.pid).children(recursive=True)
     worker = next(child for child in children if "MapWorker" in " ".join(child.cmdline()))
     worker.kill()
-    said, warned = process.communicate(timeout=240)
+    said, warned = process.communicate(timeout=500)
     assert process.returncode == 0, warned
     assert f"{SCANS} stripped, " in said
     assert len(masks(out)) == SCANS
@@ -171,7 +171,7 @@ def test_after_kill_9_the_same_command_does_only_what_is_missing(
 
     again = start(scans, out, trained, workers)
     started.append(again)
-    said, warned = again.communicate(timeout=240)
+    said, warned = again.communicate(timeout=500)
     assert again.returncode == 0, warned
     assert f"{SCANS} stripped ({len(before)} of them before)" in said
     assert {path: path.stat().st_mtime_ns for path in recorded} == before
