@@ -6,6 +6,7 @@ import os
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv
@@ -68,15 +69,7 @@ def strip(
     check_apart(inputs, jobs, folder)
     checkpoint = checkpoint.expanduser().resolve()
     quality.load(checkpoint, Predictor(checkpoint))
-    made = {
-        "checkpoint": checkpoints.digest(checkpoint),
-        "border": settings.border_mm,
-        "each frame": settings.each_frame,
-        "trust": settings.trust,
-        "image": image,
-        "distance": distance,
-    }
-    record = Record(folder, made, overwrite=overwrite)
+    record = Record(folder, _made(checkpoint, settings, image=image, distance=distance), overwrite=overwrite)
     try:
         pending = record.pending(jobs)
         if len(pending) < len(jobs):
@@ -111,6 +104,18 @@ def write_table(table: pa.Table, path: Path, /) -> None:
         unfinished.unlink(missing_ok=True)
 
 
+def _made(checkpoint: Path, settings: Settings, *, image: bool, distance: bool) -> dict[str, Any]:
+    """What must be the same for all results of a folder."""
+    return {
+        "checkpoint": checkpoints.digest(checkpoint),
+        "border": settings.border_mm,
+        "each frame": settings.each_frame,
+        "trust": settings.trust,
+        "image": image,
+        "distance": distance,
+    }
+
+
 def _absolute(place: str) -> str:
     place = places.localised(place)
     return place.rstrip("/") if places.is_uri(place) else os.path.abspath(Path(place).expanduser())
@@ -125,9 +130,8 @@ def _collect(rows: Iterator[Row], record: Record, total: int) -> None:
                 log.warning("%d/%d %s: %s", number, total, row["key"], row["error"])
             else:
                 log.info("%d/%d %s: %s", number, total, row["key"], _say(row))
-    except BaseException:
+    finally:
         record.flush()
-        raise
 
 
 def _say(row: Row) -> str:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from onelabel.imaging import series
 from onelabel.tasks.strip_worker import EMPTY, FULL, LOW, Clock, Settings, Stripper
 
-type_of_scan = str | os.PathLike[str] | SpatialImage | tuple[NDArray[Any], NDArray[Any]]
+Scan = str | os.PathLike[str] | SpatialImage | tuple[NDArray[Any], NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Stripped:
 
 
 def strip(
-    scan: type_of_scan,
+    scan: Scan,
     /,
     *,
     checkpoint: str | os.PathLike[str],
@@ -100,7 +100,7 @@ def strip(
     )
 
 
-def _volumes(scan: type_of_scan, *, each: bool) -> Any:
+def _volumes(scan: Scan, *, each: bool) -> Any:
     if isinstance(scan, tuple):
         data, affine = scan
         return series.volumes(nib.Nifti1Image(np.asarray(data, np.float32), affine), Path("the array"), each=each)

@@ -7,7 +7,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -64,13 +64,12 @@ class Record:
     def __init__(self, out: Folder, made: Mapping[str, Any], *, overwrite: bool = False) -> None:
         self.out, self.made = out, dict(made)
         self._lock = _begin(out)
-        try:
+        with ExitStack() as undo:
+            undo.callback(self.close)
             if overwrite:
                 _delete(out, [TABLE, *_parts(out)])
             self._done = self._read_done()
-        except BaseException:
-            self.close()
-            raise
+            undo.pop_all()
         self._number = max((int(name[-8:]) for name in _parts(out)), default=-1) + 1
         self._rows: list[Row] = []
         self._written_at = 0.0
