@@ -14,9 +14,12 @@ from typing import Any, Literal
 
 import nibabel as nib
 import numpy as np
+from nibabel.brikhead import AFNIImageError
 from nibabel.filebasedimages import ImageFileError
 from nibabel.freesurfer.mghformat import MGHError
+from nibabel.minc1 import MincError
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
+from nibabel.parrec import PARRECError
 from nibabel.spatialimages import HeaderDataError, ImageDataError, SpatialImage
 from numpy.typing import NDArray
 
@@ -34,6 +37,9 @@ UNREADABLE = (
     HeaderDataError,
     ImageDataError,
     MGHError,
+    MincError,
+    PARRECError,
+    AFNIImageError,
     OSError,  # with gzip.BadGzipFile
     EOFError,
     zlib.error,
@@ -42,6 +48,7 @@ UNREADABLE = (
     TypeError,  # fewer voxels than the header says
     OverflowError,
     MemoryError,
+    ImportError,  # MINC 2 needs h5py
 )
 
 
@@ -109,9 +116,9 @@ def open_image(path: Path, /) -> SpatialImage:
     try:
         with np.errstate(over="ignore", invalid="ignore"):  # in the affine, which is checked later
             image = nib.load(path, mmap=False)
-    except FileNotFoundError as error:
-        raise DataError(f"{path} does not exist: check the path.") from error
     except UNREADABLE as error:
+        if not path.exists():
+            raise DataError(f"{path} does not exist: check the path.") from error
         raise DataError(f"{path} cannot be read as an image ({error}): it is damaged or of another format.") from error
     if not isinstance(image, SpatialImage):
         raise DataError(f"{path} holds {type(image).__name__}, not a volume: give a 3D image such as .nii.gz or .mgz.")
