@@ -135,7 +135,12 @@ def strip(
     trust: Annotated[bool, typer.Option(help="Say what Dice to expect of each mask.")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew instead of going on.")] = False,
 ) -> None:
-    """Write a mask for every scan, in the scan's own grid, and say how far to trust it."""
+    """Write a mask for every scan, in the scan's own grid, and say how far to trust it.
+
+    The same command again does only what is missing. A BIDS dataset becomes derivatives:
+
+    onelabel strip study/ --out study/derivatives/onelabel --checkpoint runs/first
+    """
     from onelabel.orchestrator import strip as stripping
     from onelabel.tasks.strip_worker import Settings
 
