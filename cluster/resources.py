@@ -103,6 +103,11 @@ def fits(bundles: Sequence[Bundle], nodes: Sequence[Bundle], /) -> bool:
     return True
 
 
+def capacity(bundle: Bundle, /) -> int:
+    """How many processes of such resources the nodes hold, were they idle."""
+    return sum(int(min(node.get(name, 0) / amount for name, amount in bundle.items() if amount)) for node in _nodes())
+
+
 def _nodes() -> list[Bundle]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 

@@ -19,8 +19,8 @@ MOST_PACKED = 1032  # bytes that gzip can make one
 CHUNK = 2**20
 
 
-def read(image: SpatialImage, /, *, dtype: type[np.floating[Any]] | None) -> NDArray[Any]:
-    """Read all voxels.
+def read(image: SpatialImage, part: Any = (), /, *, dtype: type[np.floating[Any]] | None) -> NDArray[Any]:
+    """Read all voxels, or the part of them that an index gives, without a look at the rest.
 
     nibabel stops at the last voxel of a packed file, before the checksum; and takes the memory that a header asks for.
 
@@ -42,6 +42,8 @@ def read(image: SpatialImage, /, *, dtype: type[np.floating[Any]] | None) -> NDA
         raise DataError(
             f"{image.get_filename()} has voxels of type {image.get_data_dtype()}: only real numbers are images."
         )
+    if part != ():
+        return np.asarray(image.dataobj[part], dtype)
     proxy, name = image.dataobj, image.file_map.get("image")
     if type(proxy) is not ArrayProxy or name is None or name.filename is None:
         return np.asarray(proxy, dtype)

@@ -5,8 +5,6 @@ Affines map voxel indices to millimetres in RAS (x to the right, y to the front,
 
 import logging
 import math
-import os
-import uuid
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,11 +14,14 @@ from typing import Any, Literal
 
 import nibabel as nib
 import numpy as np
+from nibabel.brikhead import AFNIImageError
 from nibabel.filebasedimages import ImageFileError
 from nibabel.freesurfer.mghformat import MGHError
+from nibabel.minc1 import MincError
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
+from nibabel.parrec import PARRECError
 from nibabel.spatialimages import HeaderDataError, ImageDataError, SpatialImage
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
 from onelabel.errors import DataError
 from onelabel.imaging import files
@@ -32,11 +33,14 @@ MAX_BAD_FRACTION = 0.01  # of voxels that are not finite
 MAX_LABEL = 2**24  # the last whole number that float32 holds exactly
 SAMPLED_VOXELS = 2**18  # enough for percentiles
 
-_UNREADABLE = (
+UNREADABLE = (
     ImageFileError,
     HeaderDataError,
     ImageDataError,
     MGHError,
+    MincError,
+    PARRECError,
+    AFNIImageError,
     OSError,  # with gzip.BadGzipFile
     EOFError,
     zlib.error,
@@ -45,10 +49,7 @@ _UNREADABLE = (
     TypeError,  # fewer voxels than the header says
     OverflowError,
     MemoryError,
-)
-_GEOMETRY_FIELDS = (
-    *("pixdim", "xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d"),
-    *("qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z"),
+    ImportError,  # MINC 2 needs h5py
 )
 
 
@@ -102,13 +103,50 @@ def load(path: str | Path, /, *, labels: bool = False) -> Volume:
         image is constant, or the labels are not whole numbers.
     """
     path = Path(path)
-    image = _open(path)
+    image = open_image(path)
+    return checked(voxels(image, path, labels=labels), image, path, labels=labels)
+
+
+def open_image(path: Path, /) -> SpatialImage:
+    """Read the header of an image.
+
+    Raises
+    ------
+    DataError : see `load`.
+    """
+    try:
+        with np.errstate(over="ignore", invalid="ignore"):  # in the affine, which is checked later
+            image = nib.load(path, mmap=False)
+    except UNREADABLE as error:
+        if not path.exists():
+            raise DataError(f"{path} does not exist: check the path.") from error
+        raise DataError(f"{path} cannot be read as an image ({error}): it is damaged or of another format.") from error
+    if not isinstance(image, SpatialImage):
+        raise DataError(f"{path} holds {type(image).__name__}, not a volume: give a 3D image such as .nii.gz or .mgz.")
+    return image
+
+
+def voxels(image: SpatialImage, path: Path, /, part: Any = (), *, labels: bool = False) -> NDArray[Any]:
+    """Read voxels, or a part of them: float32, or for labels as they are.
+
+    Raises
+    ------
+    DataError : see `load`.
+    """
     try:
         with np.errstate(over="ignore", invalid="ignore"):  # what overflows is not finite, and checked below
-            data = files.read(image, dtype=None if labels else np.float32)
-    except _UNREADABLE as error:
+            return files.read(image, part, dtype=None if labels else np.float32)
+    except UNREADABLE as error:
         raise DataError(f"{path} cannot be read to its end ({error}): it is damaged, get it again.") from error
 
+
+def checked(data: NDArray[Any], image: SpatialImage, path: Path, /, *, labels: bool = False) -> Volume:
+    """Make a volume of what was read.
+
+    Raises
+    ------
+    DataError : see `load`.
+    """
     data = _without_bad_voxels(_as_3d(data, path), path)
     volume = Volume(_as_labels(data, path) if labels else data, _checked_affine(image, path))
     if not labels and data.min() == data.max():
@@ -143,43 +181,6 @@ def load_labelled(image_path: str | Path, label_path: str | Path, /, *, above: i
         what = "no voxel" if labelled == 0 else "every voxel"
         raise DataError(f"{label_path} labels {what}: it needs both background (0) and at least one structure.")
     return image, label
-
-
-def save(
-    volume: Volume, path: str | Path, /, *, like: str | Path | None = None, dtype: DTypeLike | None = None
-) -> None:
-    """Write a NIfTI file: it appears under its name only when it is complete.
-
-    Parameters
-    ----------
-    volume : Volume
-    path : str or Path
-        Ends in .nii or .nii.gz; missing folders are made.
-    like : str or Path, optional
-        The image from which the volume was made: if it is NIfTI, its geometry (affines with their codes, voxel size,
-        units) is taken over bit by bit.
-    dtype : optional
-        On disk; by default uint8 for booleans, else the array's own.
-    """
-    path = Path(path)
-    suffix = next((end for end in (".nii.gz", ".nii") if path.name.endswith(end)), None)
-    if suffix is None:
-        raise DataError(f"{path} cannot be written: the name must end in .nii.gz or .nii.")
-    wanted = np.dtype(dtype or (np.uint8 if volume.data.dtype == bool else volume.data.dtype))
-    data = volume.data.astype(wanted, copy=False)
-    if wanted.kind in "iu" and not np.array_equal(data, volume.data):
-        raise DataError(f"{path} cannot be written as {wanted}: the volume holds values that it cannot represent.")
-
-    header = _geometry(volume, None if like is None else Path(like))
-    header.set_data_dtype(wanted)
-    image = nib.Nifti1Image(data, header.get_best_affine(), header)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{uuid.uuid4().hex}{suffix}")
-    try:
-        nib.save(image, unfinished)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def reorient(volume: Volume, /) -> Volume:
@@ -299,20 +300,6 @@ def _spacing(affine: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
 
 
-def _open(path: Path) -> SpatialImage:
-    """Read the header of an image."""
-    try:
-        with np.errstate(over="ignore", invalid="ignore"):  # in the affine, which is checked later
-            image = nib.load(path, mmap=False)
-    except FileNotFoundError as error:
-        raise DataError(f"{path} does not exist: check the path.") from error
-    except _UNREADABLE as error:
-        raise DataError(f"{path} cannot be read as an image ({error}): it is damaged or of another format.") from error
-    if not isinstance(image, SpatialImage):
-        raise DataError(f"{path} holds {type(image).__name__}, not a volume: give a 3D image such as .nii.gz or .mgz.")
-    return image
-
-
 def _as_3d(data: NDArray[Any], path: Path) -> NDArray[Any]:
     """Drop trailing axes of length one; what remains must be a volume."""
     shape = data.shape
@@ -359,23 +346,6 @@ def _checked_affine(image: SpatialImage, path: Path) -> NDArray[np.float64]:
     if not sound or abs(np.linalg.det(affine[:3, :3])) <= 1e-3 * _spacing(affine).prod():
         raise DataError(f"{path} has a missing or singular affine {affine.round(3).tolist()}: repair its header.")
     return affine
-
-
-def _geometry(volume: Volume, like: Path | None) -> nib.Nifti1Header:
-    """A header with the volume's place in space, or with that of the NIfTI file it was made from."""
-    header = nib.Nifti1Header()
-    header.set_data_shape(volume.shape)
-    source = None if like is None else _open(like)
-    if source is None or not isinstance(source.header, nib.Nifti1Header):
-        header.set_xyzt_units("mm")
-        header.set_qform(volume.affine, code=1)
-        header.set_sform(volume.affine, code=1)
-        return header
-    if source.shape[:3] != volume.shape:
-        raise DataError(f"{like} has shape {source.shape}, the volume made from it {volume.shape}: they must be equal.")
-    for field in _GEOMETRY_FIELDS:
-        header[field] = source.header[field]
-    return header
 
 
 def _grid_affine(volume: Volume, grid: Grid) -> NDArray[np.float64]:

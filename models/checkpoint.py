@@ -1,5 +1,6 @@
 """A trained network on disk: a folder with weights and a page of facts."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -80,7 +81,35 @@ def load_segmenter(path: Path, /) -> tuple[nn.Module, Meta]:
     network, meta = load(path)
     if meta.network["type"] != UNetConfig().type:
         raise CheckpointError(f"checkpoint '{path}' holds a {meta.network['type']}, not a segmentation network")
+    _check_grid(path, meta)
     return network, meta
+
+
+def _check_grid(path: Path, meta: Meta) -> None:
+    """The grid must be one that the network can work on."""
+    try:
+        size, spacing_mm = tuple(meta.grid["size"]), tuple(meta.grid["spacing_mm"])
+        divisor = UNetConfig.model_validate(meta.network).divisor
+        sound = len(size) == len(spacing_mm) == 3 and min(spacing_mm) > 0 and min(size) > 0
+        sound = sound and not any(n % divisor for n in size)
+    except (KeyError, TypeError):
+        sound = False
+    if not sound:
+        raise CheckpointError(f"checkpoint '{path}' has a grid {meta.grid} that its network cannot use; train it again")
+
+
+def digest(path: Path, /) -> str:
+    """Tells one trained network, with all that belongs to it, from any other.
+
+    Raises
+    ------
+    CheckpointError : there is none.
+    """
+    folder, known = find(path), hashlib.sha256()
+    for file in sorted(file for file in folder.rglob("*") if file.is_file()):
+        known.update(file.relative_to(folder).as_posix().encode() + b"\0")
+        known.update(file.read_bytes())
+    return known.hexdigest()[:16]
 
 
 def find(path: Path, /) -> Path:

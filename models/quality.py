@@ -47,8 +47,12 @@ def save(
 
 @dataclass(frozen=True)
 class Trust:
-    """What to expect of a mask: its Dice, the interval of nine in ten, and whether it is too low."""
+    """What to expect of a mask: its Dice, the interval of nine in ten, and whether it is too low.
 
+    score : what the expectation rests on: the ranker's; of several, the weighted mean of what each lets expect
+    """
+
+    score: float
     expected_dice: float
     expected_low: float
     expected_high: float
@@ -77,8 +81,9 @@ class Quality:
             ranker.score(prediction.image, prediction.probability, self.predictor.probability).numpy(force=True)
             for ranker in self.rankers
         ]
-        expected, low, high = self.expectation(np.array(scores, np.float64))[:, 0].tolist()
-        return Trust(expected, low, high, expected < self.bad or not prediction.mask.data.any())
+        given = np.array(scores, np.float64)
+        (score,), (expected, low, high) = self.expectation.score(given).tolist(), self.expectation(given)[:, 0].tolist()
+        return Trust(score, expected, low, high, expected < self.bad or not prediction.mask.data.any())
 
 
 def load(folder: Path, predictor: Predictor, /) -> Quality | None:

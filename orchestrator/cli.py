@@ -111,22 +111,57 @@ def demo(
 @app.command()
 def strip(
     inputs: Annotated[
-        list[str], typer.Argument(metavar="INPUT", help="Scans: files, folders, globs, manifests, BIDS datasets.")
+        list[str],
+        typer.Argument(metavar="INPUT", help="Scans: files, folders, globs, manifests, BIDS datasets; paths or URIs."),
     ],
-    out: Annotated[Path, typer.Option(help="Folder for the masks and strip.parquet.")],
+    out: Annotated[str, typer.Option(help="Folder or URI for the masks and strip.parquet.")],
     checkpoint: Annotated[Path, typer.Option(help="A checkpoint folder, or the folder of a run.")],
+    image: Annotated[bool, typer.Option("--image", help="Write the stripped image too.")] = False,
+    distance: Annotated[bool, typer.Option("--distance", help="Write the signed distance to the edge, in mm.")] = False,
+    border: Annotated[float, typer.Option(metavar="MM", help="Move the mask's edge outwards; inwards if < 0.")] = 0.0,
+    each_frame: Annotated[
+        bool, typer.Option("--each-frame", help="4D: a mask for each volume, not one of their mean.")
+    ] = False,
+    subject: Annotated[list[str] | None, typer.Option(help="BIDS: only this subject; may be given again.")] = None,
+    session: Annotated[list[str] | None, typer.Option(help="BIDS: only this session; may be given again.")] = None,
+    suffix: Annotated[list[str] | None, typer.Option(help="BIDS: only this suffix, such as T1w.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Scans at a time; by default as many as there are CPUs, or GPUs.")
+    ] = None,
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where the network runs.")] = "cpu",
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all of them when not given.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads a worker; by default all of one, 1 of several.")
+    ] = None,
     trust: Annotated[bool, typer.Option(help="Say what Dice to expect of each mask.")] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew instead of going on.")] = False,
 ) -> None:
-    """Write a mask for every scan, in the scan's own grid, and say how far to trust it."""
-    from onelabel.tasks import strip as stripping
+    """Write a mask for every scan, in the scan's own grid, and say how far to trust it.
 
-    rows = stripping.strip(inputs, out=out, checkpoint=checkpoint, device=device, threads=threads, trust=trust)
-    failed = [row for row in rows if row["error"]]
-    flagged = sum(bool(row["flag"]) for row in rows)
-    typer.echo(f"{len(rows) - len(failed)} masks, {flagged} to look at, {len(failed)} failed: {out / stripping.TABLE}")
-    raise typer.Exit(bool(failed))
+    The same command again does only what is missing. A BIDS dataset becomes derivatives:
+
+    onelabel strip study/ --out study/derivatives/onelabel --checkpoint runs/first
+    """
+    from onelabel.orchestrator import strip as stripping
+    from onelabel.tasks.strip_worker import Settings
+
+    outcome = stripping.strip(
+        inputs,
+        out=out,
+        checkpoint=checkpoint,
+        settings=Settings(device, threads, trust, border, each_frame),
+        where=stripping.entities(subject, session, suffix),
+        image=image,
+        distance=distance,
+        overwrite=overwrite,
+        workers=workers,
+    )
+    for count, state, words in outcome.reasons:
+        typer.echo(f"{count} {state}: {words}", err=True)
+    before = f" ({outcome.kept} of them before)" if outcome.kept else ""
+    typer.echo(
+        f"{outcome.stripped} stripped{before}, {outcome.flagged} flagged, {outcome.failed} failed: {outcome.table}"
+    )
+    raise typer.Exit(bool(outcome.failed))
 
 
 @app.command()

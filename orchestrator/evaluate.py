@@ -17,7 +17,8 @@ from onelabel.imaging import metrics, volume
 from onelabel.imaging.volume import Volume
 from onelabel.orchestrator.statistics import compare, holm, interval
 from onelabel.tasks.cohort import IMAGE_ENDINGS, LABEL_ENDINGS, LABEL_FOLDERS, manifest_rows, open_cohort
-from onelabel.tasks.strip import stem, write_table
+from onelabel.tasks.strip import write_table
+from onelabel.tasks.strip_plan import stem
 
 log = logging.getLogger(__name__)
 

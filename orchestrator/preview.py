@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from onelabel.configs.schema import RunConfig
 from onelabel.errors import SCAN_FAULTS, sentence
-from onelabel.imaging import volume
+from onelabel.imaging import outputs, volume
 from onelabel.imaging.labels import BinnedScan
 from onelabel.imaging.prepare import image_on_grid, scan_on_grid
 from onelabel.imaging.random import derive
@@ -142,5 +142,5 @@ def _write(
     for column, kind, data in (("image", "image", image), ("mask", "label", label)):
         if data is not None:
             row[column] = str(out / f"{name}_{kind}.nii.gz")
-            volume.save(Volume(data, affine), Path(row[column]))
+            outputs.save(Volume(data, affine), Path(row[column]))
     return row

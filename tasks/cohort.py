@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from bids2table import index_dataset
 
 from onelabel.errors import DataError
+from onelabel.imaging.places import localised
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ SCORED = {"score": pa.float64(), "volume_mm3": pa.float64(), "error": pa.string(
 KINDS = ("dense", "scribble", "pseudo", "none")
 PROBABILITY = "probability"  # of pseudo-labels that are one: 0 to 255 (no manifest has them)
 
-IMAGE_ENDINGS = (".nii.gz", ".nii", ".mgz")
+IMAGE_ENDINGS = (".nii.gz", ".nii", ".mgz", ".mgh", ".hdr", ".mnc", ".HEAD", ".PAR")  # of a pair, the header
 LABEL_ENDINGS = ("_brain_mask", "_brainmask", "_mask", "_label", "_seg")  # the longest that fits comes first
 IMAGE_FOLDERS = ("image", "images", "t1", "imagesTr")
 LABEL_FOLDERS = ("mask", "masks", "label", "labels", "labelsTr")
@@ -121,7 +122,7 @@ def open_cohort(
     source: str | Path,
     /,
     *,
-    where: Mapping[str, str] | None = None,
+    where: Mapping[str, str | Sequence[str]] | None = None,
     label_column: str | None = None,
     require_labels: bool = False,
 ) -> Cohort:
@@ -135,7 +136,8 @@ def open_cohort(
         _seg, _brainmask, _brain_mask) belongs to ``x.nii.gz``, ``masks/x.nii.gz`` to ``images/x.nii.gz``, and in BIDS
         a brain mask under ``derivatives`` to the image of the same entities.
     where : mapping, optional
-        Keep the rows whose columns equal these values, such as ``{"split": "test"}``; in BIDS the entities are columns.
+        Keep the rows whose columns equal these values, or one of them, such as ``{"split": "test"}``; in BIDS the
+        entities are columns, and only anatomical images count unless a suffix or datatype is asked for.
     label_column : str, optional
         The column with the label files, where it is not called label, mask, seg or segmentation.
     require_labels : bool
@@ -147,14 +149,9 @@ def open_cohort(
         There is no such source, nothing in it, a column or label is missing, keys are not unique, or a name is no text.
     """
     path = Path(source).expanduser().absolute()
-    rows = _find_rows(path, source)
+    rows = _find_rows(path, source, any_type=bool({"suffix", "datatype"} & set(where or ())))
     columns = sorted({name for row in rows for name in row})
-    for name, value in (where or {}).items():
-        _check_column(name, columns, path)
-        values = sorted({str(row[name]) for row in rows})
-        rows = [row for row in rows if str(row[name]) == str(value)]
-        if not rows:
-            raise DataError(f"No scan in {path} has '{name}' = '{value}': the column holds {_some(values)}.")
+    rows = keep(rows, where or {}, path)
 
     image_column = next((name for name in IMAGE_COLUMNS if name in columns), None)
     if image_column is None:
@@ -175,8 +172,22 @@ def open_cohort(
         raise DataError(f"{ascii(error.object)} is no text in UTF-8: rename the file.") from None
 
 
-def _find_rows(path: Path, source: str | Path) -> list[Row]:
+def keep(rows: list[Row], where: Mapping[str, str | Sequence[str]], source: str | Path, /) -> list[Row]:
+    """The rows whose columns have the values that are asked for; see `open_cohort`."""
+    for name, value in where.items():
+        _check_column(name, sorted({name for row in rows for name in row}), source)
+        wanted = [value] if isinstance(value, str) else list(map(str, value))
+        values = sorted({str(row.get(name)) for row in rows})
+        rows = [row for row in rows if str(row.get(name)) in wanted]
+        if not rows:
+            raise DataError(f"No scan in {source} has '{name}' = {_some(wanted)}: the column holds {_some(values)}.")
+    return rows
+
+
+def _find_rows(path: Path, source: str | Path, *, any_type: bool) -> list[Row]:
     """Rows of whatever kind of source this is."""
+    if path.suffix == ".img" and path.with_suffix(".hdr").is_file():
+        path = path.with_suffix(".hdr")
     if not path.exists():
         matches = glob.glob(str(path), recursive=True) if glob.has_magic(str(path)) else []
         rows = _as_rows(_pair_by_ending(_images(matches)))
@@ -188,8 +199,8 @@ def _find_rows(path: Path, source: str | Path) -> list[Row]:
         rows = _as_rows({path: _pair_by_ending([path]).get(path, [])} if _stem(path) else {})
         problem = "is neither an image nor a manifest"
     elif (path / "dataset_description.json").is_file():
-        rows = _bids_rows(path)
-        problem = "is a BIDS dataset without anatomical images"
+        rows = _bids_rows(path, any_type=any_type)
+        problem = f"is a BIDS dataset without {'' if any_type else 'anatomical '}images"
     else:
         rows = _as_rows(_pair_by_folder(path) or _pair_by_ending(_images(path.rglob("*"))))
         problem = "is a folder without images"
@@ -230,8 +241,8 @@ def _read_parquet(path: Path) -> pa.Table:
         raise DataError(f"{path} cannot be read as a Parquet table ({error}): write it again.") from error
 
 
-def _bids_rows(root: Path) -> list[Row]:
-    """Anatomical images of a BIDS dataset with their entities, and the brain masks of its derivatives."""
+def _bids_rows(root: Path, *, any_type: bool) -> list[Row]:
+    """Images of a BIDS dataset with their entities, and the brain masks of its derivatives."""
     masks = defaultdict(list)
     for pipeline in sorted(path for path in root.glob("derivatives/*") if any(path.glob("sub-*"))):
         for entities in index_dataset(pipeline).to_pylist():
@@ -244,9 +255,7 @@ def _bids_rows(root: Path) -> list[Row]:
     images = [
         entities
         for entities in (index_dataset(root).to_pylist() if any(root.glob("sub-*")) else [])
-        if entities["datatype"] == "anat"
-        and entities["ext"] in IMAGE_ENDINGS
-        and entities["suffix"] not in BIDS_LABEL_SUFFIXES
+        if is_bids_image(entities, any_type=any_type)
     ]
     contrasts = defaultdict(set)
     for entities in images:
@@ -260,6 +269,15 @@ def _bids_rows(root: Path) -> list[Row]:
         pair = _as_rows({root / entities["path"]: labels})[0]
         rows.append({name: value for name, value in entities.items() if name not in {"path", "root", "dataset"}} | pair)
     return rows
+
+
+def is_bids_image(entities: Row, /, *, any_type: bool = False) -> bool:
+    """Whether these are the entities of an image, and of an anatomical one unless `any_type`."""
+    return (
+        (any_type or entities.get("datatype") == "anat")
+        and entities.get("ext") in IMAGE_ENDINGS
+        and entities.get("suffix") not in BIDS_LABEL_SUFFIXES
+    )
 
 
 def _bids_identity(entities: Row) -> str:
@@ -336,7 +354,7 @@ def _normalised(row: Row, image_column: str | None, label_column: str | None, fo
         "weight": 1.0,
         **numbers,
         "key": row.get("key"),
-        "image": os.path.normpath(folder / image),
+        "image": localised(image) if "://" in image else os.path.normpath(folder / image),
         "label": os.path.normpath(folder / label) if label else None,
         "kind": kind,
     }
@@ -371,7 +389,7 @@ def _check_labels(rows: Sequence[Row], path: Path) -> None:
         raise DataError(f"{_some(lost)}, named by {path}, do not exist: correct the paths.")
 
 
-def _check_column(name: str, columns: Sequence[str], path: Path) -> None:
+def _check_column(name: str, columns: Sequence[str], path: str | Path) -> None:
     if name not in columns:
         near = get_close_matches(name, columns, n=1, cutoff=0)
         raise DataError(f"{path} has no column '{name}': did you mean '{near[0]}' of {_some(columns)}?")

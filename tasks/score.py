@@ -27,7 +27,7 @@ from onelabel.configs.schema import (
 )
 from onelabel.configs.streams import PseudoLabelConfig
 from onelabel.errors import SCAN_FAULTS, sentence
-from onelabel.imaging import metrics, random, synthesis, volume
+from onelabel.imaging import metrics, outputs, random, synthesis, volume
 from onelabel.imaging.labels import HALF
 from onelabel.imaging.random import derive
 from onelabel.models import rankers
@@ -241,7 +241,7 @@ class Scorer:
         prediction = self.predictor(scan)
         row: dict[str, Any] = {"predict_cpu_s": time.process_time() - begin}
         path = self.task.out / f"{key}.nii.gz"
-        volume.save(prediction.mask, path, like=image, dtype=np.uint8)
+        outputs.save(prediction.mask, path, like=image, dtype=np.uint8)
         mask = prediction.mask.data > 0
         row |= {
             "mask": str(path),
@@ -276,7 +276,7 @@ class Scorer:
         structure = found.data > HALF
         if structure.all() or not structure.any():
             return None
-        volume.save(found, path, like=image)
+        outputs.save(found, path, like=image)
         return str(path)
 
     def _rank(self, image: torch.Tensor, probability: torch.Tensor) -> dict[str, float]:

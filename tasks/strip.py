@@ -1,143 +1,93 @@
-"""Masks for many scans, in their own grids, with a table of what came of each. No Ray: one process, one scan a time."""
+"""Masks for many scans, in their own grids, with a table of what came of each; where it was cut off, it goes on."""
 
+import json
 import logging
 import os
-import time
 import uuid
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
-import torch
 
-from onelabel.errors import SCAN_FAULTS, ClusterError, DataError, sentence
-from onelabel.imaging import metrics, volume
+from onelabel import __version__
+from onelabel.imaging import places
+from onelabel.imaging.places import Folder
+from onelabel.models import checkpoint as checkpoints
 from onelabel.models import quality
 from onelabel.models.predictor import Predictor
-from onelabel.tasks.cohort import IMAGE_ENDINGS, open_cohort
+from onelabel.tasks.remote import DESCRIPTION
+from onelabel.tasks.strip_plan import Job, Where, check_apart, plan
+from onelabel.tasks.strip_record import Outcome, Record
+from onelabel.tasks.strip_worker import Row, Settings, Stripper
 
 log = logging.getLogger(__name__)
 
-TABLE = "strip.parquet"
-SCHEMA = pa.schema(
-    [
-        ("key", pa.string()),
-        ("image", pa.string()),
-        ("mask", pa.string()),
-        ("volume_mm3", pa.float64()),
-        ("expected_dice", pa.float64()),
-        ("expected_low", pa.float64()),
-        ("expected_high", pa.float64()),
-        ("flag", pa.bool_()),
-        ("seconds", pa.float64()),
-        ("error", pa.string()),
-    ]
-)
-
-Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Job:
-    """One scan. target : the mask's path inside the output folder."""
-
-    key: str
-    image: Path
-    target: Path
+Spread = Callable[[Sequence[Job], Path, Settings, Folder], Iterator[Row]]
 
 
 def strip(
     inputs: Sequence[str],
     /,
     *,
-    out: Path,
+    out: str | Path,
     checkpoint: Path,
-    device: Literal["cpu", "cuda"] = "cpu",
-    threads: int | None = None,
-    trust: bool = True,
-) -> list[Row]:
-    """Write a mask for every scan, and `strip.parquet`, which lists them.
+    settings: Settings | None = None,
+    where: Where | None = None,
+    image: bool = False,
+    distance: bool = False,
+    overwrite: bool = False,
+    spread: Spread | None = None,
+) -> Outcome:
+    """Write a mask for every scan that has none yet, and `strip.parquet`, which lists them.
+
+    A scan that cannot be stripped is a row with an error. What an earlier call did is kept: an image whose mask is
+    listed, there, and not older than the image is left alone, as long as the masks are made in the same way.
 
     Parameters
     ----------
-    inputs : whatever `open_cohort` takes, several of them
-    out : folder; `<stem>_mask.nii.gz` for a file, the same tree as in the input for a folder
+    inputs : whatever `strip_plan.plan` takes, with `where`
+    out : folder or URI; gets `<stem>_mask.nii.gz` for a file, the same tree as in the input for a folder, BIDS
+        derivatives for a BIDS dataset
     checkpoint : a checkpoint folder, or that of a run
-    trust : say what Dice to expect of each mask, where the checkpoint has learned that
-
-    Returns
-    -------
-    One row a scan as in `SCHEMA`; where `error` is not None there is no mask.
+    image, distance : also write the stripped image, or the signed distance to the mask's edge in mm
+    overwrite : forget what was done before
+    spread : yields the rows of jobs in any order; by default they are done in this process, one by one
 
     Raises
     ------
-    DataError : an input without scans, two scans whose masks would have one name, `out` not writable.
+    DataError : an input without scans, two results of one name, results among the inputs, `out` not writable or made in
+        another way.
     CheckpointError : no usable checkpoint.
     ClusterError : cuda without a GPU.
     """
-    jobs = plan(inputs)
-    _make_writable(out)
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ClusterError("PyTorch finds no CUDA device on this machine: use device cpu")
-    if threads:
-        torch.set_num_threads(threads)
-    predictor = Predictor(checkpoint, device=device)
-    judge = quality.load(checkpoint, predictor) if trust else None
-    rows = []
-    for number, job in enumerate(jobs, 1):
-        row = _strip_one(job, predictor, judge, out)
-        rows.append(row)
-        if row["error"]:
-            log.warning("%d/%d %s: %s", number, len(jobs), job.key, row["error"])
-        else:
-            log.info(
-                "%d/%d %s: %.0f ml, %s%.1f s",
-                number,
-                len(jobs),
-                job.key,
-                row["volume_mm3"] / 1e3,
-                _say(row),
-                row["seconds"],
-            )
-    write_table(pa.Table.from_pylist(rows, schema=SCHEMA), out / TABLE)
-    return rows
+    settings = settings or Settings()
+    folder = Folder(_absolute(str(out)))
+    jobs = plan(inputs, where=where, image=image, distance=distance)
+    check_apart(inputs, jobs, folder)
+    checkpoint = checkpoint.expanduser().resolve()
+    quality.load(checkpoint, Predictor(checkpoint))
+    record = Record(folder, _made(checkpoint, settings, image=image, distance=distance), overwrite=overwrite)
+    try:
+        pending = record.pending(jobs)
+        if len(pending) < len(jobs):
+            log.info("%d of %d scans are done already", len(jobs) - len(pending), len(jobs))
+        if any(job.bids for job in jobs):
+            _describe(inputs, folder)
+        if pending:
+            _collect((spread or in_process)(pending, checkpoint, settings, folder), record, len(pending))
+        outcome = record.finish(jobs)
+    finally:
+        record.close()
+    outcome.kept = len(jobs) - len(pending)
+    return outcome
 
 
-def plan(inputs: Sequence[str], /) -> list[Job]:
-    """All scans that the inputs name, each once, with names for their masks that are all different.
-
-    Scans from different folders whose masks would have one name keep as much of their folders as tells them apart.
-
-    Raises
-    ------
-    DataError : an input without scans, or scans that only their endings tell apart.
-    """
-    found: dict[Path, Job] = {}
-    for source in inputs:
-        root = Path(os.path.abspath(Path(source).expanduser()))
-        for row in open_cohort(source).rows():
-            image = Path(row["image"])
-            inside = (
-                image.parent.relative_to(root) / stem(image) if image.is_relative_to(root) and root.is_dir() else None
-            )
-            found.setdefault(image, Job(row["key"], image, _mask_name(inside or Path(row["key"]))))
-    jobs = list(found.values())
-    repeated = _repeated([job.target for job in jobs])
-    if repeated:
-        common = os.path.commonpath([job.image.parent for job in jobs if job.target in repeated])
-        jobs = [_in_folders(job, Path(common)) if job.target in repeated else job for job in jobs]
-    still = _repeated([job.target for job in jobs])
-    if still:
-        names = " and ".join(str(job.image) for job in jobs if job.target == min(still))
-        raise DataError(f"the masks of {names} would both be called {min(still)}: strip them into different folders")
-    keys = _repeated([job.key for job in jobs])
-    return [replace(job, key=_key(job.target)) if job.key in keys else job for job in jobs]
+def in_process(jobs: Sequence[Job], checkpoint: Path, settings: Settings, out: Folder, /) -> Iterator[Row]:
+    """Strip scans one by one; yields their rows."""
+    yield from map(Stripper(checkpoint, settings, out), jobs)
 
 
 def write_table(table: pa.Table, path: Path, /) -> None:
@@ -154,54 +104,56 @@ def write_table(table: pa.Table, path: Path, /) -> None:
         unfinished.unlink(missing_ok=True)
 
 
-def stem(path: Path, /) -> str:
-    """A file's name without its ending."""
-    return next((path.name.removesuffix(end) for end in IMAGE_ENDINGS if path.name.endswith(end)), path.stem)
+def _made(checkpoint: Path, settings: Settings, *, image: bool, distance: bool) -> dict[str, Any]:
+    """What must be the same for all results of a folder."""
+    return {
+        "checkpoint": checkpoints.digest(checkpoint),
+        "border": settings.border_mm,
+        "each frame": settings.each_frame,
+        "trust": settings.trust,
+        "image": image,
+        "distance": distance,
+    }
+
+
+def _absolute(place: str) -> str:
+    place = places.localised(place)
+    return place.rstrip("/") if places.is_uri(place) else os.path.abspath(Path(place).expanduser())
+
+
+def _collect(rows: Iterator[Row], record: Record, total: int) -> None:
+    """Record rows as they come."""
+    try:
+        for number, row in enumerate(rows, 1):
+            record.add(row)
+            if row["error"]:
+                log.warning("%d/%d %s: %s", number, total, row["key"], row["error"])
+            else:
+                log.info("%d/%d %s: %s", number, total, row["key"], _say(row))
+    finally:
+        record.flush()
 
 
 def _say(row: Row) -> str:
-    """What to expect of a mask, in words."""
-    if row["expected_dice"] is None:
-        return ""
-    return f"expected Dice {row['expected_dice']:.3f}{', look at it' if row['flag'] else ''}, "
+    """A mask in words."""
+    words = [f"{row['volume_ml']:.0f} ml"]
+    if row["expected_dice"] is not None:
+        words.append(f"expected Dice {row['expected_dice']:.3f}")
+    if row["flag"]:
+        words.append("look at it")
+    seconds = sum(row[f"seconds_{phase}"] or 0 for phase in ("load", "predict", "trust", "save"))
+    return ", ".join([*words, f"{seconds:.1f} s"])
 
 
-def _strip_one(job: Job, predictor: Predictor, judge: quality.Quality | None, out: Path) -> Row:
-    begin = time.perf_counter()
-    row: Row = dict.fromkeys(SCHEMA.names) | {"key": job.key, "image": str(job.image)}
-    try:
-        prediction = predictor(volume.load(job.image))
-        mask = prediction.mask
-        volume.save(mask, out / job.target, like=job.image, dtype=np.uint8)
-        row["mask"] = str((out / job.target).absolute())
-        row["volume_mm3"] = metrics.volume_mm3(mask.data, mask.spacing_mm)
-        row |= asdict(judge(prediction)) if judge else {}
-    except SCAN_FAULTS as error:
-        row["error"] = sentence(error)
-    return row | {"seconds": time.perf_counter() - begin}
-
-
-def _make_writable(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / f".{uuid.uuid4().hex}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise DataError(f"the output folder '{out}' is not writable ({error.strerror}): choose another") from error
-
-
-def _mask_name(path: Path) -> Path:
-    return path.with_name(f"{path.name}_mask.nii.gz")
-
-
-def _key(target: Path) -> str:
-    return "_".join(target.parts).removesuffix("_mask.nii.gz")
-
-
-def _in_folders(job: Job, common: Path) -> Job:
-    return replace(job, target=_mask_name(job.image.parent.relative_to(common) / stem(job.image)))
-
-
-def _repeated(items: Sequence[Any]) -> set[Any]:
-    return {item for item, count in Counter(items).items() if count > 1}
+def _describe(inputs: Sequence[str], out: Folder) -> None:
+    """Say of a folder with results of BIDS datasets what it is, as BIDS wants it."""
+    facts = {
+        "Name": "Brain masks by onelabel",
+        "BIDSVersion": "1.10.0",
+        "DatasetType": "derivative",
+        "GeneratedBy": [{"Name": "onelabel", "Version": __version__}],
+        "SourceDatasets": [{"URL": _absolute(source)} for source in inputs],
+        "DatasetLinks": {"raw": _absolute(inputs[0])},
+    }
+    with out.writing(DESCRIPTION) as file:
+        file.write_text(json.dumps(facts, indent=2) + "\n")

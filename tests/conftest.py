@@ -1,6 +1,6 @@
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -41,3 +41,48 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no scans at {folder}: set ONELABEL_DATA to a folder that holds them")
     return folder
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that was never trained: of voxels of 8 mm, quick, and sure of nothing."""
+    import torch
+
+    from onelabel.configs.schema import UNetConfig
+    from onelabel.models import checkpoint, networks
+
+    config = UNetConfig(channels=(4, 4), patch=1)
+    folder = tmp_path_factory.mktemp("model") / "checkpoint"
+    grid = {"spacing_mm": (8.0, 8.0, 8.0), "size": (16, 16, 16)}
+    meta = checkpoint.Meta(config.model_dump(mode="json"), "supervised", grid, step=0, seed=0, manifest_digest="")
+    torch.manual_seed(22)  # its masks are neither empty nor full
+    checkpoint.save(folder, networks.build(config), meta)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def write_scan() -> Callable[..., Path]:
+    """Writes a small scan with an oblique affine whose qform and sform differ, and codes of their own."""
+    import nibabel as nib
+
+    angle = 0.3
+    turn = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]])
+    affine = np.eye(4)
+    affine[:3, :3] = turn @ np.diag([-6.0, 7.0, 9.0])
+    affine[:3, 3] = (30, -40, 12.5)
+
+    def write(path: Path, *, shape: tuple[int, ...] = (12, 14, 10), seed: int = 0, dtype: type = np.float32) -> Path:
+        place = np.indices(shape[:3]) - (np.array(shape[:3]).reshape(3, 1, 1, 1) - 1) / 2
+        head = (place**2).sum(0).reshape(*shape[:3], *(1 for _ in shape[3:])) < 16
+        data = ((np.random.default_rng(seed).random(shape) + 2 * head) * 300).astype(dtype)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".mgz":
+            nib.save(nib.MGHImage(data, affine), path)
+            return path
+        image = nib.Nifti1Image(data, affine)
+        image.set_qform(affine, code=1)
+        image.set_sform(affine @ np.diag([1, 1, 1.01, 1]), code=4)
+        nib.save(image, path)
+        return path
+
+    return write

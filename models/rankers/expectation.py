@@ -43,7 +43,11 @@ class Expectation:
 
     def __call__(self, scores: NDArray[np.float64], /) -> NDArray[np.float64]:
         """Scores (rankers, n) to expected, low and high Dice (3, n)."""
-        return self.whole(_mean(scores, self.parts, self.weights)) if self.whole else self.parts[0](scores[0])
+        return self.whole(self.score(scores)) if self.whole else self.parts[0](scores[0])
+
+    def score(self, scores: NDArray[np.float64], /) -> NDArray[np.float64]:
+        """Scores (rankers, n) to one (n,): a single ranker's own, of several the weighted mean of what they expect."""
+        return _mean(scores, self.parts, self.weights) if self.whole else scores[0]
 
     def save(self, path: Path, /) -> None:
         """Write JSON, as a whole or not at all."""

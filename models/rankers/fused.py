@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import rankdata
 
 
 def fuse(scores: NDArray[np.float64], weights: Sequence[float] | None = None, /) -> NDArray[np.float64]:
@@ -18,6 +17,8 @@ def fuse(scores: NDArray[np.float64], weights: Sequence[float] | None = None, /)
     -------
     (scans,) from 0, the worst by all rankers, to 1, the best
     """
+    from scipy.stats import rankdata  # slow to import
+
     fused = np.full(scores.shape[1], np.nan)
     known = np.isfinite(scores).all(0)
     if known.any():

@@ -7,8 +7,9 @@ from scipy.ndimage import gaussian_filter
 from onelabel.configs.augmentation import BinsConfig
 from onelabel.errors import DataError
 from onelabel.imaging.labels import HALF
+from onelabel.imaging.outputs import save
 from onelabel.imaging.prepare import image_on_grid, scan_on_grid
-from onelabel.imaging.volume import Grid, Volume, save
+from onelabel.imaging.volume import Grid, Volume
 
 GRID = Grid((4.0, 4.0, 4.0), (16, 20, 16))
 AFFINE = np.diag([3.0, 2.5, 4.0, 1.0])

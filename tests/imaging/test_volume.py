@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from onelabel.errors import DataError
-from onelabel.imaging.volume import Volume, load, load_labelled, save
+from onelabel.imaging.outputs import save
+from onelabel.imaging.volume import Volume, load, load_labelled
 
 TILTED = np.array([[1.48, -0.21, 0.13, -7], [0.2, 1.47, 0.26, 11], [-0.16, -0.23, 1.47, 3.5], [0, 0, 0, 1]])
 
@@ -218,14 +219,14 @@ def test_save_takes_the_geometry_of_its_source(tmp_path: Path, codes: tuple[int,
 
     source, mask = nib.load(tmp_path / "a.nii.gz"), nib.load(tmp_path / "mask.nii.gz")
     assert mask.get_data_dtype() == np.uint8
-    assert mask.shape == (5, 6, 7)
+    assert mask.shape == (5, 6, 7, 1)
     np.testing.assert_array_equal(mask.affine, source.affine)
     for field in ("qform_code", "sform_code", "quatern_b", "qoffset_x", "srow_z", "xyzt_units"):
         np.testing.assert_array_equal(mask.header[field], source.header[field])
     np.testing.assert_array_equal(mask.header["pixdim"][:4], source.header["pixdim"][:4])
     assert (mask.dataobj.slope, mask.dataobj.inter) == (1, 0)
     assert mask.header["cal_max"] == 0
-    np.testing.assert_array_equal(np.asarray(mask.dataobj), volume.data > 50)
+    np.testing.assert_array_equal(np.asarray(mask.dataobj)[..., 0], volume.data > 50)
 
 
 def test_save_places_a_mask_on_an_mgz_image(tmp_path: Path) -> None:
@@ -250,11 +251,10 @@ def test_save_leaves_the_old_file_when_it_fails(tmp_path: Path, monkeypatch: pyt
     path = tmp_path / "a.nii"
     save(Volume(image(), np.eye(4)), path)
 
-    def full(_: object, unfinished: Path) -> None:
-        unfinished.write_bytes(b"half")
+    def full(unfinished: Path, _: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(nib, "save", full)
+    monkeypatch.setattr("onelabel.imaging.outputs.os.replace", full)
     with pytest.raises(OSError, match="disk full"):
         save(Volume(image() + 1, np.eye(4)), path)
     np.testing.assert_array_equal(load(path).data, image())

@@ -10,8 +10,7 @@ import pytest
 
 from onelabel import __version__
 from onelabel.configs.load import dump, load
-from onelabel.configs.schema import RunConfig, UNetConfig
-from onelabel.models import checkpoint, networks
+from onelabel.configs.schema import RunConfig
 from onelabel.orchestrator import cli
 from onelabel.orchestrator.driver import Outcome
 from onelabel.orchestrator.rounds import plan
@@ -19,6 +18,7 @@ from onelabel.orchestrator.rounds import plan
 HELP = """
 import sys
 import typer
+import onelabel
 from onelabel.orchestrator.cli import app
 typer.main.get_command(app)
 try:
@@ -145,21 +145,38 @@ def test_run_and_status_show_the_rounds(
         assert all(part in line for part in ("base", "77", "done", "0.875", "0.910", "0.500"))
 
 
-def test_strip_says_whether_scans_failed(command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = UNetConfig(channels=(4, 4), patch=1)
-    grid = {"spacing_mm": (8.0, 8.0, 8.0), "size": (16, 16, 16)}
-    meta = checkpoint.Meta(config.model_dump(mode="json"), "supervised", grid, step=0, seed=0, manifest_digest="")
-    checkpoint.save(tmp_path / "net", networks.build(config), meta)
-    good = write_image(tmp_path / "good.nii.gz")
+def test_strip_says_whether_scans_failed(
+    command: Command,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    trained: Path,
+    write_scan: Callable[..., Path],
+) -> None:
+    good = write_scan(tmp_path / "good.nii.gz")
     bad = tmp_path / "bad.nii.gz"
     bad.write_bytes(b"bad")
-    options = ("--out", tmp_path / "out", "--checkpoint", tmp_path / "net")
+    options = ("--out", tmp_path / "out", "--checkpoint", trained)
     assert command("strip", good, *options) == 0
-    assert "1 masks, 0 to look at, 0 failed" in capsys.readouterr().out
+    assert "1 stripped, 0 flagged, 0 failed" in capsys.readouterr().out
     assert command("strip", good, bad, *options, "--threads", "1") == 1
     said = capsys.readouterr()
-    assert "1 masks, 0 to look at, 1 failed" in said.out
-    assert "bad" in said.err
+    assert "1 stripped (1 of them before), 0 flagged, 1 failed" in said.out
+    assert "1 failed: … cannot be read as an image" in said.err
+    assert command("strip", good, *options, "--border", "2") == 2
+    assert "made with border 0.0, not 2.0" in capsys.readouterr().err
+    assert command("strip", good, *options, "--border", "2", "--image", "--overwrite") == 0
+    assert (tmp_path / "out" / "good_brain.nii.gz").is_file()
+
+
+def test_strip_takes_what_is_asked_for_of_a_bids_dataset(
+    command: Command, tmp_path: Path, trained: Path, write_scan: Callable[..., Path]
+) -> None:
+    for name in ("sub-1/anat/sub-1_T1w", "sub-2/anat/sub-2_T1w", "sub-2/anat/sub-2_T2w"):
+        write_scan(tmp_path / "raw" / f"{name}.nii.gz")
+    (tmp_path / "raw" / "dataset_description.json").write_text("{}")
+    options = ("--out", tmp_path / "out", "--checkpoint", trained)
+    assert command("strip", tmp_path / "raw", *options, "--subject", "sub-2", "--suffix", "T1w") == 0
+    assert [path.name for path in (tmp_path / "out").rglob("*.nii.gz")] == ["sub-2_desc-brain_mask.nii.gz"]
 
 
 def test_evaluate_says_whether_rows_have_errors(

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from onelabel.configs.augmentation import BinsConfig
 from onelabel.errors import DataError
 from onelabel.imaging.labels import bin_scan
-from onelabel.imaging.volume import Volume, save
+from onelabel.imaging.outputs import save
+from onelabel.imaging.volume import Volume
 from onelabel.orchestrator import report
 
 TILE_PIXELS = round(report.TILE_INCHES * report.DPI)

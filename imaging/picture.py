@@ -1,0 +1,77 @@
+"""A small picture of a mask: three slices of its scan, with its outline."""
+
+import io
+from collections.abc import Iterator
+
+import numpy as np
+from nibabel.orientations import apply_orientation, io_orientation
+from numpy.typing import NDArray
+from PIL import Image
+from scipy.ndimage import binary_erosion
+
+from onelabel.errors import DataError
+from onelabel.imaging.volume import Volume, scale
+
+HEIGHT = 96  # pixels
+_WIDEST = 2 * HEIGHT
+_GAP = 2
+_GREYS = 31  # few, to be small
+_OUTLINE = _GREYS
+_COLOUR = (255, 96, 32)
+
+
+def overlay(image: Volume, mask: NDArray[np.uint8], /) -> bytes:
+    """PNG of the sagittal, coronal and axial slice through the centre of a mask, side by side, up or front on top.
+
+    Parameters
+    ----------
+    mask : (*size) on the image's grid; where it is empty, the slices run through the centre of the image
+    """
+    panels = [_panel(*planes) for planes in _slices(image, mask > 0)]
+    seen = _scaled(panels)
+    sheet = np.zeros((HEIGHT, sum(grey.shape[1] for grey in seen) + _GAP * (len(seen) - 1)), np.uint8)
+    left = 0
+    for grey, (_, inside) in zip(seen, panels, strict=True):
+        grey[inside & ~binary_erosion(inside, border_value=1)] = _OUTLINE
+        sheet[:, left : left + grey.shape[1]] = grey
+        left += grey.shape[1] + _GAP
+    picture = Image.frombytes("P", sheet.shape[::-1], sheet.tobytes())
+    greys = np.linspace(0, 255, _GREYS).round().astype(int).tolist()
+    picture.putpalette([level for grey in greys for level in (grey, grey, grey)] + list(_COLOUR))
+    file = io.BytesIO()
+    picture.save(file, "PNG", optimize=True)
+    return file.getvalue()
+
+
+def _slices(image: Volume, mask: NDArray[np.bool_]) -> Iterator[tuple[NDArray, NDArray, tuple[float, float]]]:
+    """Slices (rows, columns) of image and mask, and the size of their pixels in mm."""
+    orientation = io_orientation(image.affine)
+    data, inside = apply_orientation(image.data, orientation), apply_orientation(mask, orientation)
+    spacing = np.empty(3)
+    spacing[orientation[:, 0].astype(int)] = image.spacing_mm
+    for axis in range(3):
+        others = tuple(other for other in range(3) if other != axis)
+        along = inside.sum(axis=others)
+        place = int(round(np.average(np.arange(len(along)), weights=along))) if along.any() else len(along) // 2
+        planes = (np.take(part, place, axis).T[::-1] for part in (data, inside))
+        yield next(planes), next(planes), (spacing[others[1]], spacing[others[0]])
+
+
+def _panel(data: NDArray, inside: NDArray, pixel_mm: tuple[float, float]) -> tuple[NDArray, NDArray]:
+    """Image and mask at the height of the picture."""
+    height, width = np.multiply(data.shape, pixel_mm)
+    size = max(1, min(_WIDEST, round(HEIGHT * width / height))), HEIGHT
+    grey = Image.fromarray(np.ascontiguousarray(data, np.float32)).resize(size, Image.Resampling.BILINEAR)
+    share = Image.fromarray(inside.astype(np.float32)).resize(size, Image.Resampling.BILINEAR)
+    return np.asarray(grey), np.asarray(share) > 0.5
+
+
+def _scaled(panels: list[tuple[NDArray, NDArray]]) -> list[NDArray]:
+    """Grey levels of the slices, on one scale."""
+    try:
+        levels = scale(np.concatenate([grey.ravel() for grey, _ in panels])) * (_GREYS - 1)
+    except DataError:  # nothing to be seen in these slices
+        levels = np.zeros(sum(grey.size for grey, _ in panels), np.float32)
+    ends = np.cumsum([grey.size for grey, _ in panels])[:-1]
+    parts = zip(np.split(levels.round().astype(np.uint8), ends), panels, strict=True)
+    return [part.reshape(grey.shape) for part, (grey, _) in parts]

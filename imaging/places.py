@@ -1,0 +1,172 @@
+"""Files by path or by URI: fetched where they lie elsewhere, and written so that none is ever seen half done."""
+
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+
+import pyarrow as pa
+from pyarrow import fs
+
+from onelabel.errors import DataError
+
+HIDDEN = ".strip"  # of a folder of results: what is only needed while work goes on
+_PARTNERS = {".hdr": ".img", ".img": ".hdr"}
+
+
+def is_uri(place: str, /) -> bool:
+    """Whether this is a URI of another store than this machine's disks."""
+    return "://" in place and not place.startswith("file://")
+
+
+def localised(place: str, /) -> str:
+    """A file:// URI as a path; anything else as it is."""
+    return str(fs.FileSystem.from_uri(place)[1]) if place.startswith("file://") else place
+
+
+def filesystem(uri: str, /) -> tuple[fs.FileSystem, str]:
+    """The store of a URI, and the path in it.
+
+    Raises
+    ------
+    DataError : a scheme that is not known, or a store that does not answer.
+    """
+    try:
+        return fs.FileSystem.from_uri(uri)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"'{uri}' cannot be opened ({reason}): give a path, or a URI such as s3://bucket/x") from None
+
+
+def at(uri: str, path: str, /) -> str:
+    """The URI of another path in the store of a URI."""
+    query = uri.partition("?")[2]
+    return f"{uri.partition('://')[0]}://{path}" + (f"?{query}" if query else "")
+
+
+def matching(pattern: str, /) -> re.Pattern[str]:
+    """A glob as a regular expression for whole paths: `*` stays in a folder, `**` does not."""
+    parts = re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]]+\])", pattern)
+    known = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    words = (known.get(part) or (part if part.startswith("[") else re.escape(part)) for part in parts)
+    return re.compile("".join(words).replace("[!", "[^") + r"\Z")
+
+
+@contextmanager
+def fetched(place: str, /, *, scratch: Path) -> Iterator[Path]:
+    """A file on this machine, for as long as it is needed; of a pair such as .hdr and .img both are there.
+
+    Raises
+    ------
+    FileNotFoundError, ConnectionError : there is nothing at the URI, or it cannot be reached.
+    """
+    if not is_uri(place):
+        yield Path(place)
+        return
+    store, path = filesystem(place)
+    folder = scratch / uuid.uuid4().hex
+    folder.mkdir(parents=True)
+    try:
+        with _network():
+            for each in _with_partner(store, PurePosixPath(path)):
+                fs.copy_files(str(each), str(folder / each.name), store, fs.LocalFileSystem())
+        local = folder / PurePosixPath(path).name
+        yield local
+    except DataError as error:
+        raise DataError(str(error).replace(str(local), place)) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def times(names: Sequence[str], /) -> list[int | None]:
+    """When files were last changed, ns; None where there is no such file."""
+    return [info.mtime_ns if info.type == fs.FileType.File else None for info in _look(names)]
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder of results: an absolute path, or a URI."""
+
+    place: str
+
+    @cached_property
+    def store(self) -> fs.FileSystem:
+        """Where the names in this folder are paths."""
+        store, path = filesystem(self.place) if is_uri(self.place) else (fs.LocalFileSystem(), self.place)
+        return fs.SubTreeFileSystem(path, store)
+
+    @property
+    def scratch(self) -> Path:
+        """A folder on this machine for what is unfinished: beside the results if they are local, to rename files."""
+        if not is_uri(self.place):
+            return Path(self.place) / HIDDEN / "unfinished"
+        known = hashlib.sha256(f"{os.getuid()} {self.place}".encode()).hexdigest()[:12]
+        return Path(tempfile.gettempdir()) / f"onelabel-strip-{known}"
+
+    def path(self, name: str, /) -> str:
+        """Where a name in this folder is, for others."""
+        if not is_uri(self.place):
+            return str(Path(self.place) / name)
+        return at(self.place, f"{filesystem(self.place)[1].rstrip('/')}/{name}")
+
+    @contextmanager
+    def writing(self, name: str, /) -> Iterator[Path]:
+        """A path to write to, of the same ending; the file appears under its name when all of it is there."""
+        unfinished = self.scratch / uuid.uuid4().hex / PurePosixPath(name).name
+        unfinished.parent.mkdir(parents=True)
+        try:
+            yield unfinished
+            self._publish(unfinished, name)
+        finally:
+            shutil.rmtree(unfinished.parent, ignore_errors=True)
+
+    def _publish(self, file: Path, name: str) -> None:
+        if not is_uri(self.place):
+            target = Path(self.place) / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, target)
+            return
+        with _network():
+            fs.copy_files(str(file), name, fs.LocalFileSystem(), self.store)
+            stored = self.store.get_file_info(name).size
+        if stored != file.stat().st_size:
+            raise ConnectionError(f"'{self.path(name)}' has {stored} bytes there, {file.stat().st_size} here")
+
+
+@contextmanager
+def _network() -> Iterator[None]:
+    """Errors of a store, which carry no number, as those of a connection."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise ConnectionError(" ".join(str(error).split())) from error
+
+
+def _with_partner(store: fs.FileSystem, path: PurePosixPath) -> list[PurePosixPath]:
+    partner = _PARTNERS.get(path.suffix)
+    if not partner:
+        return [path]
+    other = path.with_suffix(partner)
+    return [path, other] if store.get_file_info(str(other)).type == fs.FileType.File else [path]
+
+
+def _look(names: Sequence[str]) -> list[fs.FileInfo]:
+    """What there is to be known of files, each store asked once."""
+    groups: dict[str, list[int]] = {}
+    for place, name in enumerate(names):
+        groups.setdefault("/".join(name.split("/")[:3]) if is_uri(name) else "", []).append(place)
+    found: dict[int, fs.FileInfo] = {}
+    for group, places in groups.items():
+        store = filesystem(names[places[0]])[0] if group else fs.LocalFileSystem()
+        paths = [filesystem(names[place])[1] if group else names[place] for place in places]
+        found |= dict(zip(places, store.get_file_info(paths), strict=True))
+    return [found[place] for place in range(len(names))]

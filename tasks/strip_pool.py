@@ -1,0 +1,84 @@
+"""Strip a cohort over all machines by Ray Data: a pool of actors, one scan a task."""
+
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import pyarrow as pa
+import ray
+import ray.data
+
+from onelabel.errors import ClusterError
+from onelabel.imaging.places import Folder
+from onelabel.tasks.strip_plan import Job
+from onelabel.tasks.strip_worker import SCHEMA, Row, Settings, Stripper
+
+LOST = "WorkerLost"
+_LOST_SENTENCE = (
+    "the worker died twice over this scan, perhaps for want of memory: give it alone to a machine with more of it"
+)
+
+
+class Worker:
+    """An actor of the pool."""
+
+    def __init__(self, checkpoint: Path, settings: Settings, out: Folder) -> None:
+        self.stripper = Stripper(checkpoint, settings, out)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Strip a batch of one scan."""
+        rows = [self.stripper(Job(**job)) for job in batch.to_pylist()]
+        return pa.Table.from_pylist(rows, schema=SCHEMA)
+
+
+def over_ray(
+    jobs: Sequence[Job], checkpoint: Path, settings: Settings, out: Folder, /, *, workers: int, memory: float
+) -> Iterator[Row]:
+    """Strip scans on a cluster that is connected; yields rows as they are done.
+
+    A worker that dies is started again, and its scan is tried once more; a scan over which it dies again is a row too.
+
+    Parameters
+    ----------
+    workers : actors
+    memory : bytes that each of them is promised
+
+    Raises
+    ------
+    ClusterError : the cluster fails.
+    """
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it warns that its progress bars are off
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.max_errored_blocks = -1  # a scan that kills its worker stops no other
+    with warnings.catch_warnings():
+        # There is no other way yet to say how often a task is tried again.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        dataset = ray.data.from_items([asdict(job) for job in jobs], override_num_blocks=len(jobs)).map_batches(
+            Worker,
+            batch_size=1,
+            batch_format="pyarrow",
+            # A scan that waits in the queue of an actor that dies would count as tried.
+            compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1),
+            num_cpus=settings.threads or 1,
+            num_gpus=1 if settings.device == "cuda" else None,
+            memory=memory,
+            max_restarts=-1,
+            max_task_retries=1,
+            fn_constructor_kwargs={"checkpoint": checkpoint, "settings": settings, "out": out},
+        )
+    missing = {job.image: job for job in jobs}
+    batch: pa.Table
+    try:
+        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            for row in batch.to_pylist():
+                del missing[row["image"]]
+                yield row
+    except ray.exceptions.RayError as error:
+        reason = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), "")
+        raise ClusterError(f"the cluster failed ({reason}): the same command goes on from here") from error
+    for job in missing.values():
+        lost = {"key": job.key, "image": job.image, "error_class": LOST, "error": _LOST_SENTENCE}
+        yield dict.fromkeys(SCHEMA.names) | lost
