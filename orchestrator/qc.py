@@ -1,7 +1,5 @@
 """The quality page of a stripped cohort: the masks to look at first on top, with what to expect of each."""
 
-import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,17 +9,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from pyarrow import fs
 
 from onelabel.errors import DataError
 from onelabel.orchestrator import markup, plots
 from onelabel.orchestrator.report import Picture, Row
+from onelabel.tasks.strip_record import Reasons
 
 NAME = "qc.html"
 TEMPLATE = "qc.html.j2"
 MOST_CARDS = 1000  # of scans that failed, and of those that did not
-NAMED_REASONS = 3
 ENOUGH_SCANS = 3  # for a plot
-NUMBER = re.compile(r"[(\[]*\d[\d., \])]*")  # or several
 BATCH_ROWS = 64  # read at a time, with their pictures
 
 SECONDS = ("seconds_load", "seconds_predict", "seconds_trust", "seconds_save")
@@ -31,7 +29,7 @@ NUMBERS = ("volume_ml", "score", "expected_dice", "expected_low", "expected_high
 Fact = tuple[str, str, str]  # a title, a figure, more about it
 
 
-def write(table_path: Path, html_path: Path, /) -> Path:
+def write(table_path: Path, html_path: Path, /, *, store: fs.FileSystem | None = None, place: str = "") -> Path:
     """Write the quality page of a table of masks, with nothing but the table at hand.
 
     Of a cohort of any size the page shows the worst: `MOST_CARDS` masks and as many failures; no other picture is
@@ -41,6 +39,7 @@ def write(table_path: Path, html_path: Path, /) -> Path:
     ----------
     table_path : `strip.parquet`; where columns other than `key` are missing or null, the page says nothing of them
     html_path : the file to write
+    store, place : where the table is a path, and what that is called; by default this machine, and the table's folder
 
     Returns
     -------
@@ -50,18 +49,19 @@ def write(table_path: Path, html_path: Path, /) -> Path:
     ------
     DataError : the table cannot be read, or the page cannot be written.
     """
-    table = _read(table_path)
+    place = place or str(table_path.resolve().parent)
+    table = _read(table_path, store)
     places = _worst_first(table)
     failed = _failed(table)
     shown = np.concatenate([part[:MOST_CARDS] for part in (places[failed[places]], places[~failed[places]])])
     rows = table.take(pa.array(shown)).to_pylist()
-    pictures = _pictures(table_path, set(shown.tolist()))
+    pictures = _pictures(table_path, store, set(shown.tolist()))
     with markup.complete(html_path) as unfinished:
         markup.write(
             unfinished,
             TEMPLATE,
-            name=f"Masks in {table_path.resolve().parent.name}",
-            folder=table_path.resolve(),
+            name=f"Masks in {place.partition('?')[0].rstrip('/').rpartition('/')[2]}",
+            folder=place,
             facts=_facts(table, failed),
             reasons=_reasons(table),
             plots=_plots(table, failed),
@@ -72,11 +72,12 @@ def write(table_path: Path, html_path: Path, /) -> Path:
     return html_path
 
 
-def _read(path: Path) -> pa.Table:
+def _read(path: Path, store: fs.FileSystem | None) -> pa.Table:
     """All but the pictures; columns that are missing are null."""
     try:
-        known = pq.read_schema(path).names
-        table = pq.read_table(path, columns=[name for name in (*WORDS, *NUMBERS, "flag") if name in known])
+        known = pq.read_schema(path, filesystem=store).names
+        wanted = [name for name in (*WORDS, *NUMBERS, "flag") if name in known]
+        table = pq.read_table(path, columns=wanted, filesystem=store)
         if "key" not in known:
             raise DataError(f"'{path}' has the columns {', '.join(known)}: a table of masks needs 'key'.")
         types = dict.fromkeys(WORDS, pa.string()) | dict.fromkeys(NUMBERS, pa.float64()) | {"flag": pa.bool_()}
@@ -105,10 +106,10 @@ def _worst_first(table: pa.Table) -> NDArray[np.int64]:
     return places
 
 
-def _pictures(path: Path, places: set[int]) -> dict[int, bytes]:
+def _pictures(path: Path, store: fs.FileSystem | None, places: set[int]) -> dict[int, bytes]:
     """The pictures of some rows, by row."""
     found: dict[int, bytes] = {}
-    with pq.ParquetFile(path) as file:
+    with pq.ParquetFile(path, filesystem=store) as file:
         if "picture" not in file.schema_arrow.names:
             return found
         place = 0
@@ -149,31 +150,13 @@ def _known(table: pa.Table, column: str) -> plots.Values:
 
 
 def _reasons(table: pa.Table) -> list[tuple[int, str, str]]:
-    """How many scans, whether they failed or are flagged, and why; of each the most common, first the failures.
-
-    Errors that differ in a scan's path or in numbers alone are of one kind, for which the first one speaks.
-    """
-    found: Counter[tuple[str, str]] = Counter()
-    first: dict[tuple[str, str], str] = {}
+    """How many scans, whether they failed or are flagged, and why; of each the most common, first the failures."""
+    reasons = Reasons()
     few = table.select(["image", "flags", "flag", "error"]).filter(pc.or_(table["flag"], pc.is_valid(table["error"])))
     for batch in few.to_batches(max_chunksize=BATCH_ROWS):
         for row in batch.to_pylist():
-            for state, words in _why(row):
-                kind = state, NUMBER.sub("#", words)
-                found[kind] += 1
-                first.setdefault(kind, words)
-    return [
-        (count, state, first[kind])
-        for state in ("failed", "flagged")
-        for kind, count in [one for one in found.most_common() if one[0][0] == state][:NAMED_REASONS]
-    ]
-
-
-def _why(row: Row) -> Iterator[tuple[str, str]]:
-    if row["error"] is not None:
-        yield "failed", row["error"].replace(row["image"] or "\0", "…")
-    else:
-        yield from (("flagged", flag) for flag in (row["flags"] or "").split("; ") if flag)
+            reasons.add(row)
+    return [*reasons.most_common("failed"), *reasons.most_common("flagged")]
 
 
 def _plots(table: pa.Table, failed: plots.Rows) -> list[Picture]:

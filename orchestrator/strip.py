@@ -1,16 +1,24 @@
 """Strip scans in this process, or where there are many, over a Ray cluster."""
 
+import logging
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pyarrow import fs
+
+from onelabel.errors import sentence
+from onelabel.imaging import places
 from onelabel.imaging.places import Folder
 from onelabel.tasks import strip as stripping
 from onelabel.tasks.strip_plan import Job
-from onelabel.tasks.strip_record import Outcome
-from onelabel.tasks.strip_worker import Row, Settings
+from onelabel.tasks.strip_record import TABLE, Outcome
+from onelabel.tasks.strip_worker import FAULTS, Row, Settings
+
+log = logging.getLogger(__name__)
 
 FEW = 8  # scans for which a cluster is not worth its start
 WORKER_BYTES = 2**30
@@ -19,7 +27,7 @@ Values = Sequence[str] | None
 
 
 def strip(inputs: Sequence[str], /, *, workers: int | None = None, **options: Any) -> Outcome:
-    """Strip scans as `tasks.strip.strip` does, with several workers.
+    """Strip scans as `tasks.strip.strip` does, with several workers, and write a quality page of more than one.
 
     Parameters
     ----------
@@ -30,7 +38,24 @@ def strip(inputs: Sequence[str], /, *, workers: int | None = None, **options: An
     ------
     ClusterError : the cluster cannot be reached, or cannot hold the workers.
     """
-    return stripping.strip(inputs, spread=partial(_spread, workers=workers), **options)
+    outcome = stripping.strip(inputs, spread=partial(_spread, workers=workers), **options)
+    if outcome.scans > 1:
+        try:
+            _write_page(outcome.folder)
+        except FAULTS as error:
+            log.warning("there is no quality page (%s)", sentence(error))
+    return outcome
+
+
+def _write_page(out: Folder) -> None:
+    from onelabel.orchestrator import qc  # which plots, and is slow to import
+
+    if not places.is_uri(out.place):
+        qc.write(Path(out.place) / TABLE, Path(out.place) / qc.NAME)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        page = qc.write(Path(TABLE), Path(folder) / qc.NAME, store=out.store, place=out.place)
+        fs.copy_files(str(page), qc.NAME, fs.LocalFileSystem(), out.store)
 
 
 def entities(subjects: Values, sessions: Values, suffixes: Values, /) -> dict[str, list[str]]:

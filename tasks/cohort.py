@@ -176,11 +176,10 @@ def keep(rows: list[Row], where: Mapping[str, str | Sequence[str]], source: str 
     """The rows whose columns have the values that are asked for; see `open_cohort`."""
     for name, value in where.items():
         _check_column(name, sorted({name for row in rows for name in row}), source)
-        wanted = [value] if isinstance(value, str) else list(map(str, value))
-        values = sorted({str(row.get(name)) for row in rows})
+        wanted, values = [value] if isinstance(value, str) else [*map(str, value)], {str(row.get(name)) for row in rows}
         rows = [row for row in rows if str(row.get(name)) in wanted]
         if not rows:
-            raise DataError(f"No scan in {source} has '{name}' = {_some(wanted)}: the column holds {_some(values)}.")
+            raise DataError(f"No scan in {source} has '{name}' = {_some(wanted)}: it holds {_some(sorted(values))}.")
     return rows
 
 

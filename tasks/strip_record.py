@@ -28,6 +28,7 @@ EVERY_S = 1.0  # between two writes of an unfinished part
 NAMED_REASONS = 3
 _PARTS = f"{HIDDEN}/part"
 _MADE = b"onelabel.strip"
+_NUMBERS = re.compile(r"[(\[]*\d[\d., \])]*")  # one or several
 _LIGHT = ["image", "mask", "brain", "distance", "error"]
 
 
@@ -35,17 +36,22 @@ _LIGHT = ["image", "mask", "brain", "distance", "error"]
 class Outcome:
     """What a cohort came to.
 
-    table : path or URI; kept : scans that were done before
+    folder : of the results; kept : scans that were done before
     reasons : the most common of failed and flagged scans: how many, which of the two, in words
     """
 
-    table: str
+    folder: Folder
     scans: int = 0
     stripped: int = 0
     flagged: int = 0
     failed: int = 0
     kept: int = 0
     reasons: list[tuple[int, str, str]] = field(default_factory=list)
+
+    @property
+    def table(self) -> str:
+        """Path or URI of the table."""
+        return self.folder.path(TABLE)
 
 
 class Record:
@@ -121,7 +127,7 @@ class Record:
         for source, place, row in self._each(_LIGHT):
             if row["image"] in wanted or row["error"] is None:
                 last[row["image"]] = source, place
-        outcome, reasons = Outcome(self.out.path(TABLE)), Reasons()
+        outcome, reasons = Outcome(self.out), Reasons()
         with self._on_disk():
             with (
                 self.out.writing(TABLE) as file,
@@ -221,33 +227,37 @@ class Record:
 
 
 class Reasons:
-    """Why scans failed or are flagged; what differs in names and numbers alone is one reason."""
+    """Why scans failed or are flagged; what differs in the scan's path or in numbers alone is one reason."""
 
     def __init__(self) -> None:
         self._count: Counter[tuple[str, str]] = Counter()
         self._first: dict[tuple[str, str], str] = {}
 
-    def add(self, state: str, words: str, /) -> None:
-        """Count one more."""
-        kind = state, re.sub(r"\d[\d.,]*", "#", words)
+    def add(self, row: Mapping[str, Any], /) -> None:
+        """Take in a row with `image`, `flag`, `flags` and `error`."""
+        if row["error"] is not None:
+            self._add("failed", row["error"].replace(row["image"] or "\0", "…"))
+        elif row["flag"]:
+            for flag in filter(None, (row["flags"] or "").split("; ")):
+                self._add("flagged", flag)
+
+    def most_common(self, only: str = "") -> list[tuple[int, str, str]]:
+        """How many, whether they failed or are flagged, and the first one's words; if wanted of one state only."""
+        wanted = [(kind, count) for kind, count in self._count.most_common() if only in ("", kind[0])]
+        return [(count, kind[0], self._first[kind]) for kind, count in wanted[:NAMED_REASONS]]
+
+    def _add(self, state: str, words: str) -> None:
+        kind = state, _NUMBERS.sub("#", words)
         self._count[kind] += 1
         self._first.setdefault(kind, words)
 
-    def most_common(self) -> list[tuple[int, str, str]]:
-        """How many, which state, and the first one's words."""
-        return [(count, kind[0], self._first[kind]) for kind, count in self._count.most_common(NAMED_REASONS)]
-
 
 def _count(outcome: Outcome, reasons: Reasons, row: Row) -> None:
+    reasons.add(row)
     outcome.scans += 1
-    if row["error"] is not None:
-        outcome.failed += 1
-        reasons.add("failed", row["error"].replace(row["image"], "…"))
-        return
-    outcome.stripped += 1
+    outcome.failed += row["error"] is not None
+    outcome.stripped += row["error"] is None
     outcome.flagged += bool(row["flag"])
-    for flag in row["flags"].split("; ") if row["flag"] else ():
-        reasons.add("flagged", flag)
 
 
 def _begin(out: Folder) -> TextIO | None:

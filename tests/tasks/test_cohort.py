@@ -93,7 +93,7 @@ def test_where_keeps_rows(tmp_path: Path) -> None:
     ("lines", "options", "match"),
     [
         (["image,split", "a.nii,test"], {"where": {"splt": "test"}}, "did you mean 'split'"),
-        (["image,split", "a.nii,test"], {"where": {"split": "tset"}}, "the column holds 'test'"),
+        (["image,split", "a.nii,test"], {"where": {"split": "tset"}}, "it holds 'test'"),
         (["image,maks", "a.nii,b.nii"], {"label_column": "mask"}, "did you mean 'maks'"),
         (["imgae,split", "a.nii,test"], {}, "did you mean 'imgae'"),
         (["image,label"], {}, "lists no scan"),

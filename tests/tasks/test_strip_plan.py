@@ -102,7 +102,7 @@ def test_a_bids_dataset_can_be_filtered(tmp_path: Path, where: dict[str, list[st
 
 
 def test_a_filter_that_nothing_passes_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="'sub' = '07': the column holds '01', '02'"):
+    with pytest.raises(DataError, match="'sub' = '07': it holds '01', '02'"):
         plan([str(bids(tmp_path, *BIDS))], where={"sub": ["07"]})
 
 
