@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from onelabel.imaging.places import HIDDEN
+from onelabel.orchestrator.qc import NAME as PAGE
 from onelabel.orchestrator.strip import strip
 from onelabel.tasks import strip_pool
 from onelabel.tasks.strip_record import TABLE
@@ -65,7 +66,7 @@ def test_workers_write_the_same_masks_as_one_process(
         assert (outcome.scans, outcome.stripped, outcome.failed) == (5, 4, 1)
     alone, together = tmp_path / "1", tmp_path / "2"
     assert written(alone) == written(together)
-    assert all_files(alone) == all_files(together)
+    assert all_files(alone) == all_files(together) >= {TABLE, PAGE}
     same = ("key", "image", "volume_ml", "flags", "grid", "picture", "error_class", "error")
     for key, row in rows(alone).items():
         assert {name: row[name] for name in same} == {name: rows(together)[key][name] for name in same}
@@ -151,7 +152,7 @@ def test_a_killed_worker_is_replaced(
     assert process.returncode == 0, warned
     assert f"{SCANS} stripped, " in said
     assert len(masks(out)) == SCANS
-    assert all_files(out) == {*(path.name for path in masks(out)), TABLE}
+    assert all_files(out) == {*(path.name for path in masks(out)), TABLE, PAGE}
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -176,4 +177,4 @@ def test_after_kill_9_the_same_command_does_only_what_is_missing(
     assert f"{SCANS} stripped ({len(before)} of them before)" in said
     assert {path: path.stat().st_mtime_ns for path in recorded} == before
     assert len(masks(out)) == len(rows(out)) == SCANS
-    assert all_files(out) == {*(path.name for path in masks(out)), TABLE}
+    assert all_files(out) == {*(path.name for path in masks(out)), TABLE, PAGE}

@@ -14,6 +14,8 @@ from pyarrow import fs
 
 from onelabel.errors import DataError
 from onelabel.imaging import places
+from onelabel.orchestrator import qc
+from onelabel.orchestrator.strip import strip as strip_with_page
 from onelabel.tasks import strip_worker
 from onelabel.tasks.remote import find
 from onelabel.tasks.strip import strip
@@ -109,6 +111,16 @@ def test_the_masks_are_those_of_local_files(
     strip([str(tmp_path / "put" / "a.nii.gz")], out="s3://heads/out", checkpoint=trained)
     with bucket.open_input_file("out/a_mask.nii.gz") as stream:
         assert stream.read() == (tmp_path / "out" / "a_mask.nii.gz").read_bytes()
+
+
+def test_the_quality_page_lies_beside_the_table(bucket: Store, put: Callable[..., None], trained: Path) -> None:
+    for name in "ab":
+        put(f"in/{name}.nii.gz")
+    strip_with_page(["s3://heads/in"], out="s3://heads/out", checkpoint=trained, workers=1)
+    assert names(bucket, "out") == ["a_mask.nii.gz", "b_mask.nii.gz", qc.NAME, TABLE]
+    with bucket.open_input_file(f"out/{qc.NAME}") as stream:
+        page = stream.read().decode()
+    assert "Masks in out" in page and page.count("<article") == 2
 
 
 def test_a_bids_dataset_a_glob_a_manifest_and_a_pair(
