@@ -29,7 +29,7 @@ NUMBERS = ("volume_ml", "score", "expected_dice", "expected_low", "expected_high
 Fact = tuple[str, str, str]  # a title, a figure, more about it
 
 
-def write(table_path: Path, html_path: Path, /, *, store: fs.FileSystem | None = None, place: str = "") -> Path:
+def write(table_path: str | Path, html_path: Path, /, *, store: fs.FileSystem | None = None, place: str = "") -> Path:
     """Write the quality page of a table of masks, with nothing but the table at hand.
 
     Of a cohort of any size the page shows the worst: `MOST_CARDS` masks and as many failures; no other picture is
@@ -49,13 +49,13 @@ def write(table_path: Path, html_path: Path, /, *, store: fs.FileSystem | None =
     ------
     DataError : the table cannot be read, or the page cannot be written.
     """
-    place = place or str(table_path.resolve().parent)
-    table = _read(table_path, store)
+    place = place or str(Path(table_path).resolve().parent)
+    table = _read(str(table_path), store)
     places = _worst_first(table)
     failed = _failed(table)
     shown = np.concatenate([part[:MOST_CARDS] for part in (places[failed[places]], places[~failed[places]])])
     rows = table.take(pa.array(shown)).to_pylist()
-    pictures = _pictures(table_path, store, set(shown.tolist()))
+    pictures = _pictures(str(table_path), store, set(shown.tolist()))
     with markup.complete(html_path) as unfinished:
         markup.write(
             unfinished,
@@ -72,7 +72,7 @@ def write(table_path: Path, html_path: Path, /, *, store: fs.FileSystem | None =
     return html_path
 
 
-def _read(path: Path, store: fs.FileSystem | None) -> pa.Table:
+def _read(path: str, store: fs.FileSystem | None) -> pa.Table:
     """All but the pictures; columns that are missing are null."""
     try:
         known = pq.read_schema(path, filesystem=store).names
@@ -106,7 +106,7 @@ def _worst_first(table: pa.Table) -> NDArray[np.int64]:
     return places
 
 
-def _pictures(path: Path, store: fs.FileSystem | None, places: set[int]) -> dict[int, bytes]:
+def _pictures(path: str, store: fs.FileSystem | None, places: set[int]) -> dict[int, bytes]:
     """The pictures of some rows, by row."""
     found: dict[int, bytes] = {}
     with pq.ParquetFile(path, filesystem=store) as file:

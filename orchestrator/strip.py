@@ -54,7 +54,7 @@ def _write_page(out: Folder) -> None:
         qc.write(Path(out.place) / TABLE, Path(out.place) / qc.NAME)
         return
     with tempfile.TemporaryDirectory() as folder:
-        page = qc.write(Path(TABLE), Path(folder) / qc.NAME, store=out.store, place=out.place)
+        page = qc.write(TABLE, Path(folder) / qc.NAME, store=out.store, place=out.place)
         fs.copy_files(str(page), qc.NAME, fs.LocalFileSystem(), out.store)
 
 
