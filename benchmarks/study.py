@@ -32,22 +32,26 @@ RANKERS = {
     "random": "{type: random}",
     "autoencoder": "{type: autoencoder}",
     "consistency": "{type: consistency, passes: 4}",
-    "posterior": "{type: posterior, passes: 4}",
-    "fused": "{type: fused, rankers: [{type: autoencoder}, {type: posterior, passes: 4}]}",
+    "confidence": "{type: confidence}",
+    "fused": "{type: fused, rankers: [{type: autoencoder}, {type: confidence}]}",
     "oracle": "{type: oracle}",
 }
-DEFAULT = "posterior"  # of the recipes
-_PASSES = "stages.*.pseudo={views: {passes: 4}}"
+DEFAULT = "confidence"  # of the recipes
 _TRAIN = "stages.1.streams.train"
+_PASSES = ["stages.0.pseudo={views: {passes: 4}}", "stages.1.pseudo={views: {passes: 4}}"]
 _OWN = "{type: synthetic, of: labelled, share: 0.5}"
 RECIPES = {
     "real scans alone": [f"{_TRAIN}=[{_OWN}, {{type: real, of: selected, share: 0.5}}]"],
     "synthesised from them alone": [f"{_TRAIN}=[{_OWN}, {{type: synthetic, of: selected, share: 0.5}}]"],
-    "mean over views": [_PASSES],
-    "soft labels": [_PASSES, f"{_TRAIN}.1.soft=true", f"{_TRAIN}.2.soft=true"],
-    "ignored rim": [_PASSES, f"{_TRAIN}.1.ignore=[0.2, 0.8]", f"{_TRAIN}.2.ignore=[0.2, 0.8]"],
-    "networks of three rounds": ["stages.*.pseudo={rounds: 3}"],
-    "projected masks": ["stages.*={ranker: {type: autoencoder}, pseudo: {project: true}}"],
+    "mean over views": _PASSES,
+    "soft labels": [*_PASSES, f"{_TRAIN}.1.soft=true", f"{_TRAIN}.2.soft=true"],
+    "ignored rim": [*_PASSES, f"{_TRAIN}.1.ignore=[0.2, 0.8]", f"{_TRAIN}.2.ignore=[0.2, 0.8]"],
+    "networks of three rounds": ["stages.0.pseudo={rounds: 3}", "stages.1.pseudo={rounds: 3}"],
+    "projected masks": [
+        "stages.*.ranker={type: autoencoder}",
+        "stages.0.pseudo={project: true}",
+        "stages.1.pseudo={project: true}",
+    ],
     "mean of weights": ["stages.1.learner.ema=0.99"],
     "growing k": ["stages.0.select.k=5", "stages.1.select.k=[20, 40]"],
     "four rounds, growing k": ["stages.0.select.k=5", "stages.1={rounds: 4, select: {k: [10, 20, 40]}}"],
