@@ -285,6 +285,7 @@ ODD: Content = {
     "extension": lambda head: nifti(head, extra=b"\1\0\0\0" + np.array([32, 6], "<i4").tobytes() + b"words".ljust(24)),
     "trailing_garbage_behind_gzip.nii.gz": lambda head: _packed(head) + bytes(99),
     "packed_in_parts.nii.gz": lambda head: b"".join(gzip.compress(part, 1) for part in _halves(nifti(head))),
+    "series": lambda head: nifti(head, np.stack([head.data] * 3, -1)),
 }  # fmt: skip
 DAMAGED: Content = {
     "empty.nii.gz": lambda head: b"",
@@ -325,7 +326,6 @@ DAMAGED: Content = {
     "one_slice": lambda head: nifti(head, head.data[:, :, :1]),
     "one_column": lambda head: nifti(head, head.data[:1]),
     "one_voxel": lambda head: nifti(head, head.data[:1, :1, :1]),
-    "series": lambda head: nifti(head, np.stack([head.data] * 3, -1)),
     "five_axes": lambda head: nifti(head, np.stack([head.data] * 3, -1)[..., None, :]),
     "colours": lambda head: _record(head, _colours(*"RGB"), "RGB"),
     "colours_and_alpha": lambda head: _record(head, _colours(*"RGBA"), "RGBA"),
