@@ -84,5 +84,6 @@ def test_a_run_leaves_what_strip_needs_to_say_whom_to_trust(finished: Finished, 
     for name in ("expected_dice", "expected_low", "expected_high"):
         assert abs(row[name] - known[name]) < 1e-5
     assert row["flag"] == known["flag"]
-    subprocess.run([*command, "--checkpoint", str(run), "--no-trust"], check=True, capture_output=True)
+    again = [*command, "--checkpoint", str(run), "--no-trust", "--overwrite"]
+    subprocess.run(again, check=True, capture_output=True)
     assert pq.read_table(tmp_path / "strip.parquet")["expected_dice"].to_pylist() == [None]
