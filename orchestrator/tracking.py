@@ -299,6 +299,7 @@ def _log_parameters(client: "MlflowClient", run: "Run", parameters: Mapping[str,
 @contextmanager
 def _reachable(uri: str) -> Iterator[None]:
     """Say in one sentence what is wrong with MLflow."""
+    importlib.import_module("mlflow")  # waits for `preload`; to import a part of it meanwhile would lock both threads
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 

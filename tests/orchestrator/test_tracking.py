@@ -2,6 +2,8 @@ import json
 import math
 import shutil
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -10,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from onelabel.configs.load import parse
+from onelabel.configs.load import dump, parse
 from onelabel.configs.schema import RunConfig
 from onelabel.errors import ClusterError
 from onelabel.orchestrator.tracking import MAX_VALUE, PastRun, Tracker, flatten, open_client, without_password
@@ -23,6 +25,17 @@ def config(**settings: object) -> RunConfig:
 
 def loss(step: float) -> dict[str, float]:
     return {"step": step, "loss": 1 / step, "dice": math.nan}
+
+
+def test_a_tracker_may_be_opened_while_mlflow_is_still_imported(tmp_path: Path) -> None:
+    dump(config(), tmp_path / "config.yaml")
+    program = (
+        "from pathlib import Path; from onelabel.configs.load import load;"
+        "from onelabel.orchestrator.tracking import Tracker, preload;"
+        "config = load(['config.yaml']); preload(); Tracker(config, Path())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.fixture(scope="module")
