@@ -22,8 +22,9 @@ A run is described by YAML files or presets, stacked from left to right, and `ke
 onelabel run singlestrip mine.yaml name=study data.labelled=head.nii.gz grid.spacing_mm=1.5 stages.0.steps=8000
 ```
 
-A list is replaced as a whole by a list, or changed in place by index; `stages.*.steps=10` changes all stages. An
-unknown key is an error that names the nearest known one. The run's folder keeps all settings in `config.yaml`.
+A list is replaced as a whole by a list, or changed in place by index; `stages.*.steps=10` changes all stages, and a `*`
+leaves alone what an item lacks: a part that is null there, or a key of another `type`. An unknown key is an error that
+names the nearest known one. The run's folder keeps all settings in `config.yaml`.
 
 Every table lists the keys of one mapping and says at which dotted keys it may stand; `*` is the index of a list, or the
 name in a mapping. Where several kinds of mapping are possible, the key `type` says which. A *range* is a pair

@@ -22,7 +22,7 @@ def load(items: Sequence[str]) -> RunConfig:
     ----------
     items : YAML files or preset names (`singlestrip`), and `dotted.key=value`, in any order. Later ones win. A list is
         replaced as a whole by a list, or changed in place by a mapping from index to changes; the index `*` stands for
-        all items, and leaves alone what is null in an item, such as its ranker.
+        all items, and leaves alone what an item lacks: a part that is null there, or a key of other types than its own.
 
     Raises
     ------
@@ -105,9 +105,13 @@ def _merge(base: Any, over: Any, models: list[type[BaseModel]]) -> Any:
 
 
 def _applicable(item: Any, change: Any, models: list[type[BaseModel]]) -> Any:
-    """Of a change to all items of a list what applies to this one: a part that is null there stays null."""
+    """Of a change to all items of a list what applies to this one: nothing under a null, no key of another type."""
     if not isinstance(item, dict) or not isinstance(change, dict):
         return change
+    own = [model for model in models if _tag(model) == item.get("type")]
+    if own and "type" not in change:
+        known, mine = ({key for model in group for key in model.model_fields} for group in (models, own))
+        change = {key: value for key, value in change.items() if key in mine or key not in known}
     nulls = {key for model in models for key, field in model.model_fields.items() if field.default is None}
     absent = {key for key in nulls if item.get(key) is None and isinstance(change.get(key), dict)}
     kept = {key: value for key, value in change.items() if key not in absent}

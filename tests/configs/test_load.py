@@ -103,10 +103,21 @@ def test_a_star_changes_all_items() -> None:
 
 
 def test_a_star_skips_what_an_item_lacks() -> None:
-    config = load([*BASE, "stages.1.ranker=null", "stages.*.ranker.steps=7", "stages.*.ranker.network.latent=8"])
+    base = [*BASE, "stages.*.ranker={type: autoencoder}", "stages.1.ranker=null"]
+    config = load([*base, "stages.*.ranker.steps=7", "stages.*.ranker.network.latent=8"])
     assert config.stages[1].ranker is None
     assert config.stages[0].ranker is not None
     assert (config.stages[0].ranker.steps, config.stages[0].ranker.network.latent) == (7, 8)
+
+
+def test_a_star_skips_keys_of_other_types() -> None:
+    kinds = [*BASE, "stages.0.ranker={type: fused, rankers: [{type: autoencoder}, {type: confidence}]}"]
+    kinds.append("stages.1.ranker={type: confidence}")
+    assert load([*kinds, "stages.*.ranker={steps: 7, passes: 3}"]) == load(kinds)
+    within = load([*kinds, "stages.*.ranker.rankers.*.steps=7", "stages.*.ranker.dilate=4"])
+    assert within == load([*kinds, "stages.0.ranker.rankers.0.steps=7", "stages.1.ranker.dilate=4"])
+    with pytest.raises(ConfigError, match=r"unknown config key 'stages\.0\.ranker\.stepz'"):
+        load([*kinds, "stages.*.ranker.stepz=7"])
 
 
 def test_a_star_reaches_what_an_item_has_by_default() -> None:
@@ -151,8 +162,8 @@ def test_a_stream_that_changes_its_type_keeps_the_rest() -> None:
         ("stages.0.stepz=3", "stages.0.steps"),
         ("stages.*.stepz=3", "stages.0.steps"),
         ("stages.0.learner.learning_rat=1", "stages.0.learner.learning_rate"),
-        ("stages.0.ranker.network.laten=9", "stages.0.ranker.network.latent"),
-        ("stages.0.ranker.learner.slicez=9", "stages.0.ranker.learner.slices"),
+        ("stages.0.ranker={type: autoencoder, network: {laten: 9}}", "stages.0.ranker.network.latent"),
+        ("stages.0.ranker={type: autoencoder, learner: {slicez: 9}}", "stages.0.ranker.learner.slices"),
         ("stages.0.streams.train.0.shares=1", "stages.0.streams.train.0.share"),
         ("stages.0.streams={supervised: [{typ: real}]}", "stages.0.streams.supervised.0.type"),
         ("grid.sise=64", "grid.size"),
