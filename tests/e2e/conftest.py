@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 SETTINGS = [
-    *("singlestrip", "smoke", "stages.1.rounds=1", "stages.*.steps=40", "stages.*.ranker.steps=80"),
+    *("singlestrip", "stages.*.ranker={type: autoencoder}", "smoke"),
+    *("stages.1.rounds=1", "stages.*.steps=40", "stages.*.ranker.steps=80"),
     *("compute.checkpoint_every_s=0", "tracking.every=5"),
 ]
 
