@@ -125,6 +125,12 @@ def _with(head: Head, value: float, share: float) -> bytes:
     return nifti(head, data)
 
 
+def _round(shape: tuple[int, ...]) -> NDArray[np.bool_]:
+    """A field of view that leaves out the corners."""
+    place = np.indices(shape) / (np.array(shape)[:, None, None, None] - 1) - 0.5
+    return np.asarray((place**2).sum(0) < 0.5)
+
+
 def _scaled(head: Head, kind: str, **fields: Any) -> bytes:
     """The whole range of a kind of integers."""
     limits = np.iinfo(kind)
@@ -265,6 +271,7 @@ ODD: Content = {
     "tiny_values": lambda head: nifti(head, head.unit * np.float32(1e-30)),
     "huge_values": lambda head: nifti(head, head.unit * np.float32(3e38)),
     "some_nan": lambda head: _with(head, np.nan, 0.005),
+    "nan_around": lambda head: nifti(head, np.where(_round(head.data.shape), head.data, np.nan)),
     "some_inf": lambda head: _with(head, np.inf, 0.005),
     "few_labels": lambda head: nifti(head, np.rint(3 * head.unit).astype(np.uint8)),
     "two_values": lambda head: nifti(head, (head.unit > 0.3).astype(np.uint8)),

@@ -22,6 +22,7 @@ from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 from nibabel.parrec import PARRECError
 from nibabel.spatialimages import HeaderDataError, ImageDataError, SpatialImage
 from numpy.typing import NDArray
+from scipy import ndimage
 
 from onelabel.errors import DataError
 from onelabel.imaging import files
@@ -29,7 +30,7 @@ from onelabel.imaging.resample import resample
 
 log = logging.getLogger(__name__)
 
-MAX_BAD_FRACTION = 0.01  # of voxels that are not finite
+MAX_BAD_FRACTION = 0.01  # of voxels that are not finite and lie scattered
 MAX_LABEL = 2**24  # the last whole number that float32 holds exactly
 SAMPLED_VOXELS = 2**18  # enough for percentiles
 
@@ -99,8 +100,9 @@ def load(path: str | Path, /, *, labels: bool = False) -> Volume:
     Raises
     ------
     DataError
-        The file is missing, damaged, not 3D, has no usable affine, more than 1 % of its voxels are not finite, the
-        image is constant, or the labels are not whole numbers.
+        The file is missing, damaged, not 3D, has no usable affine, more than 1 % of its voxels are not finite and
+        scattered (whole regions may be, as around a field of view), the image is constant, or the labels are not whole
+        numbers.
     """
     path = Path(path)
     image = open_image(path)
@@ -311,18 +313,26 @@ def _as_3d(data: NDArray[Any], path: Path) -> NDArray[Any]:
 
 
 def _without_bad_voxels(data: NDArray[Any], path: Path) -> NDArray[Any]:
-    """Set the few voxels that are not finite to 0."""
+    """Set voxels that are not finite to 0, or to the nearest value that occurs: few, or whole regions without data."""
     bad = ~np.isfinite(data)
     count = int(np.count_nonzero(bad))
-    if count > MAX_BAD_FRACTION * data.size:
+    if not count:
+        return data
+    stray = count if count <= MAX_BAD_FRACTION * data.size else int(np.count_nonzero(bad & ~_solid(bad)))
+    if stray > MAX_BAD_FRACTION * data.size or count == data.size:
         raise DataError(
-            f"{path} has {count / data.size:.1%} voxels that are not finite, at most {MAX_BAD_FRACTION:.0%} is "
-            "allowed: repair the file."
+            f"{path} has {count / data.size:.1%} voxels that are not finite, scattered over it; at most "
+            f"{MAX_BAD_FRACTION:.0%} is allowed: repair the file."
         )
-    if count:
-        log.warning("%s: %d voxels are not finite, set to 0", path, count)
-        data = np.where(bad, 0, data).astype(data.dtype, copy=False)
-    return data
+    log.warning("%s: %d voxels are not finite, taken for background", path, count)
+    good = data[~bad]
+    return np.where(bad, np.clip(0, good.min(), good.max()), data).astype(data.dtype, copy=False)
+
+
+def _solid(bad: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """What belongs to blocks of 2 x 2 x 2 such voxels; what lies outside the volume counts as one."""
+    opened = ndimage.binary_opening(np.pad(bad, 1, constant_values=True), np.ones((2, 2, 2)))
+    return np.asarray(opened[1:-1, 1:-1, 1:-1])
 
 
 def _as_labels(data: NDArray[Any], path: Path) -> NDArray[np.int32]:

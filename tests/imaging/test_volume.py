@@ -100,18 +100,33 @@ def test_load_refuses_colours(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_load_mends_few_bad_voxels_only(tmp_path: Path, bad: float, caplog: pytest.LogCaptureFixture) -> None:
     data = image((10, 10, 10))
-    data.flat[:10] = bad
+    data[0, 0, 0] = 0
+    data[4, 5] = bad
     volume = load(write(tmp_path / "a.nii", data))
-    assert not volume.data.flat[:10].any()
+    assert not volume.data[4, 5].any()
     assert "10 voxels are not finite" in caplog.text
-    data.flat[:11] = bad
-    with pytest.raises(DataError, match="not finite"):
+    data[6, 5, 5] = bad
+    with pytest.raises(DataError, match=r"1\.1% voxels that are not finite, scattered"):
         load(write(tmp_path / "a.nii", data))
+
+
+@pytest.mark.parametrize("least", [-5.0, 0.0, 3.0])
+def test_regions_without_data_are_background(tmp_path: Path, least: float) -> None:
+    """NaN around a round field of view, and in one plane at the edge."""
+    data = image((20, 21, 22)) + np.float32(least)
+    place = np.indices(data.shape) - np.array([10, 10, 11])[:, None, None, None]
+    outside = np.sqrt((place**2).sum(0)) > 9
+    outside[0] = True
+    data[10, 10, 10] = least - 1
+    data[outside] = np.nan
+    volume = load(write(tmp_path / "a.nii", data))
+    assert (volume.data[outside] == max(0, least - 1)).all()
+    assert np.array_equal(volume.data[~outside], data[~outside])
 
 
 def test_load_takes_voxels_beyond_float32_for_bad(tmp_path: Path) -> None:
     data = image().astype(np.float64)
-    data[0, 0, 0] = 1e300
+    data[0, 0, :2] = 1e300, 0
     assert load(write(tmp_path / "a.nii", data)).data[0, 0, 0] == 0
 
 
