@@ -8,8 +8,8 @@ from onelabel.orchestrator.rounds import plan
 
 
 def split(data: Path, **parts: str) -> list[str]:
-    """Settings that take a run's labelled, unlabelled and test scans from splits of DATA/ixi/participants.csv."""
-    manifest = data / "ixi" / "participants.csv"
+    """Settings that take a run's labelled, unlabelled and test scans from splits of DATA/participants.csv."""
+    manifest = data / "participants.csv"
     return [
         setting
         for part, name in parts.items()

@@ -36,7 +36,7 @@ def main() -> None:
         [
             "singlestrip",
             "name=ixi-one-label",
-            *split(options.data, labelled="labelled", unlabelled="unlabelled", test="test"),
+            *split(options.data / "ixi", labelled="labelled", unlabelled="unlabelled", test="test"),
             *common,
         ]
     )
@@ -46,7 +46,7 @@ def main() -> None:
             "supervised",
             "name=ixi-all-labels",
             f"stages.0.steps={steps}",
-            *split(options.data, labelled="unlabelled", test="test"),
+            *split(options.data / "ixi", labelled="unlabelled", test="test"),
             *common,
         ]
     )

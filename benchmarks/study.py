@@ -2,7 +2,7 @@
 
 python benchmarks/study.py DATA [--storage runs] [--seeds 0,1,2] [--k 5,10,20,40] [--vary 20] [--plot FILE] [key=value]
 
-DATA/ixi/participants.csv has columns key, split, image, mask; splits labelled, unlabelled, test. For each seed the
+DATA/participants.csv has columns key, split, image, mask; splits labelled, unlabelled, test. For each seed the
 first stage of `singlestrip` is trained once, and each ranker and k goes on from it with the same rounds of
 self-training; so do recipes that differ from the preset's in one thing; `all labels` trains on the true masks of the
 pool for as many steps. All is one Ray session at 4 mm, and the same command goes on where it was cut off. Prints

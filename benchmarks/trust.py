@@ -53,7 +53,7 @@ def _config(options: argparse.Namespace, age: int) -> RunConfig:
         f" streams: {{train: [{{type: synthetic, of: labelled}}]}}, steps: {age}, expect: {{images: 64}},"
         f" ranker: {RANKERS}}}]"
     )
-    data = split(options.data, labelled="labelled", unlabelled="unlabelled")
+    data = split(options.data / "ixi", labelled="labelled", unlabelled="unlabelled")
     named = [f"name=trust-{options.seed}-{age}", f"seed={options.seed}", f"storage={options.storage}"]
     return load(["singlestrip", stage, *data, *named, "compute.threads=2", *options.settings])
 
