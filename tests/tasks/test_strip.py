@@ -7,6 +7,7 @@ import nibabel as nib
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from stripped import files, other_network, table
 
 from onelabel.errors import CheckpointError, ClusterError, DataError
 from onelabel.imaging.places import HIDDEN
@@ -18,18 +19,6 @@ SHAPE = (12, 14, 10)
 
 Row = dict[str, Any]
 WriteScan = Callable[..., Path]
-
-
-def table(out: Path) -> list[Row]:
-    """The rows of the table, by key."""
-    return sorted(pq.read_table(out / TABLE).to_pylist(), key=lambda row: str(row["key"]))
-
-
-def files(folder: Path) -> dict[str, int]:
-    """All files with the time of their last change."""
-    return {
-        path.relative_to(folder).as_posix(): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()
-    }
 
 
 def test_masks_lie_in_the_scans_own_grid(trained: Path, tmp_path: Path, write_scan: WriteScan) -> None:
@@ -167,15 +156,6 @@ def test_a_bids_dataset_gets_derivatives(trained: Path, tmp_path: Path, write_sc
 
 
 # What cannot work fails at the start
-
-
-def other_network(folder: Path, trained: Path) -> Path:
-    folder.mkdir()
-    for file in trained.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    facts = json.loads((folder / "meta.json").read_text())
-    (folder / "meta.json").write_text(json.dumps(facts | {"seed": 1}))
-    return folder
 
 
 def test_what_cannot_work_fails_at_the_start(trained: Path, tmp_path: Path, write_scan: WriteScan) -> None:

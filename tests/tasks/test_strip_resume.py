@@ -1,6 +1,5 @@
 """A command that was cut off, or met faults, goes on where it was."""
 
-import json
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -9,6 +8,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from stripped import files, other_network, table
 
 from onelabel.errors import DataError
 from onelabel.imaging.places import HIDDEN, Folder
@@ -18,22 +18,8 @@ from onelabel.tasks.strip_plan import Job
 from onelabel.tasks.strip_record import TABLE, Outcome
 from onelabel.tasks.strip_worker import SCHEMA, Settings
 
-SHAPE = (12, 14, 10)
-
 Row = dict[str, Any]
 WriteScan = Callable[..., Path]
-
-
-def table(out: Path) -> list[Row]:
-    """The rows of the table, by key."""
-    return sorted(pq.read_table(out / TABLE).to_pylist(), key=lambda row: str(row["key"]))
-
-
-def files(folder: Path) -> dict[str, int]:
-    """All files with the time of their last change."""
-    return {
-        path.relative_to(folder).as_posix(): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()
-    }
 
 
 @pytest.fixture
@@ -70,15 +56,6 @@ def test_a_folder_lists_all_that_was_stripped_into_it(trained: Path, tmp_path: P
     outcome = strip([str(scans / "2.nii.gz")], out=out, checkpoint=trained)
     assert (outcome.scans, outcome.stripped, outcome.kept) == (1, 1, 0)
     assert [row["key"] for row in table(out)] == ["1", "2"]  # what failed, and was not asked for again, is forgotten
-
-
-def other_network(folder: Path, trained: Path) -> Path:
-    folder.mkdir()
-    for file in trained.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    facts = json.loads((folder / "meta.json").read_text())
-    (folder / "meta.json").write_text(json.dumps(facts | {"seed": 1}))
-    return folder
 
 
 def test_masks_made_in_another_way_are_not_mixed(trained: Path, tmp_path: Path, scans: Path) -> None:
