@@ -13,6 +13,8 @@ from scipy.ndimage import binary_erosion, distance_transform_edt, find_objects
 
 from onelabel.errors import DataError
 
+FEW = 5  # masks that say nothing of what is usual
+
 Mask = NDArray[Any]
 
 
@@ -46,6 +48,18 @@ def asd(pred: Mask, truth: Mask, spacing_mm: Sequence[float], /) -> float:
 def volume_mm3(mask: Mask, spacing_mm: Sequence[float], /) -> float:
     """Volume of a mask of shape (*size)."""
     return float(np.count_nonzero(mask) * np.prod(spacing_mm))
+
+
+def usual_volume(volumes: Sequence[float], /) -> tuple[float, float]:
+    """Median volume of a cohort's masks, and how far from it a volume is unlike the others; in the unit of the volumes.
+
+    Far is 3.5 robust standard deviations, at least a fifth of the median, and infinite among fewer than `FEW` masks.
+    """
+    if len(volumes) < FEW:
+        return float("nan"), float("inf")
+    middle = float(np.median(volumes))
+    spread = 1.4826 * float(np.median(np.abs(np.array(volumes) - middle)))
+    return middle, max(3.5 * spread, 0.2 * middle)
 
 
 def evaluate(pred: Mask, truth: Mask, spacing_mm: Sequence[float], /) -> dict[str, float | bool]:

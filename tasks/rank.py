@@ -38,7 +38,6 @@ SCHEMA = pa.schema(
         ("error", pa.string()),
     ]
 )
-_FAR_SD, _FAR_SHARE = 3.5, 0.2  # from the median volume: robust standard deviations, and at least this share of it
 _SMALL = 0.001  # components smaller than this share of the mask are not counted
 
 
@@ -91,11 +90,7 @@ def rank(cohort: Cohort, task: RankTask, /, *, compute: ComputeConfig) -> pa.Tab
 
 def _with_outliers(rows: list[dict[str, Any]]) -> list[str | None]:
     """Each row's flags, and that its volume is far from the others'."""
-    volumes = np.array([row["volume_mm3"] for row in rows if row["volume_mm3"]])
-    if not len(volumes):
-        return [row["flags"] for row in rows]
-    middle = float(np.median(volumes))
-    far = max(_FAR_SD * 1.4826 * float(np.median(np.abs(volumes - middle))), _FAR_SHARE * middle)
+    middle, far = metrics.usual_volume([row["volume_mm3"] for row in rows if row["volume_mm3"]])
     unlike = f"volume unlike the others' {middle / 1e3:.0f} ml"
     return [
         "; ".join(filter(None, [row["flags"], unlike]))

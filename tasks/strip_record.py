@@ -17,10 +17,10 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from onelabel.errors import DataError
-from onelabel.imaging import places
+from onelabel.imaging import metrics, places
 from onelabel.imaging.places import HIDDEN, Folder
 from onelabel.tasks.strip_plan import Job
-from onelabel.tasks.strip_worker import SCHEMA, Row
+from onelabel.tasks.strip_worker import SCHEMA, UNLIKE, Row, doubtful
 
 TABLE = "strip.parquet"
 PART_ROWS = 64
@@ -29,7 +29,7 @@ NAMED_REASONS = 3
 _PARTS = f"{HIDDEN}/part"
 _MADE = b"onelabel.strip"
 _NUMBERS = re.compile(r"[(\[]*\d[\d., \])]*")  # one or several
-_LIGHT = ["image", "mask", "brain", "distance", "error"]
+_LIGHT = ["image", "mask", "brain", "distance", "volume_ml", "error"]
 
 
 @dataclass
@@ -124,16 +124,19 @@ class Record:
         self.flush()
         wanted = {job.image for job in jobs}
         last: dict[str, tuple[str, int]] = {}
+        volumes: dict[str, float | None] = {}
         for source, place, row in self._each(_LIGHT):
             if row["image"] in wanted or row["error"] is None:
-                last[row["image"]] = source, place
+                last[row["image"]], volumes[row["image"]] = (source, place), row["volume_ml"]
+        usual = metrics.usual_volume([volume for volume in volumes.values() if volume])
         outcome, reasons = Outcome(self.out), Reasons()
         with self._on_disk():
             with (
                 self.out.writing(TABLE) as file,
                 pq.ParquetWriter(file, SCHEMA.with_metadata(self._metadata())) as writer,
             ):
-                for rows in self._kept(last):
+                for kept in self._kept(last):
+                    rows = _compared(kept, *usual)
                     writer.write_table(rows)
                     for row in rows.drop_columns("picture").to_pylist():
                         if row["image"] in wanted:
@@ -258,6 +261,21 @@ def _count(outcome: Outcome, reasons: Reasons, row: Row) -> None:
     outcome.failed += row["error"] is not None
     outcome.stripped += row["error"] is None
     outcome.flagged += bool(row["flag"])
+
+
+def _compared(rows: pa.Table, middle: float, far: float) -> pa.Table:
+    """Flag the masks whose volume is far from the cohort's, and those alone."""
+    found = rows.select(["volume_ml", "flags", "flag", "error"]).to_pylist()
+    for row in found:
+        words = [flag for flag in (row["flags"] or "").split("; ") if flag and not flag.startswith(UNLIKE)]
+        if row["volume_ml"] and abs(row["volume_ml"] - middle) > far:
+            words.append(f"{UNLIKE} {middle:.0f} ml")
+        if row["error"] is None:
+            row |= {"flags": "; ".join(words), "flag": doubtful(words)}
+    for name in ("flags", "flag"):
+        column = pa.array([row[name] for row in found], SCHEMA.field(name).type)
+        rows = rows.set_column(rows.column_names.index(name), SCHEMA.field(name), column)
+    return rows
 
 
 def _begin(out: Folder) -> TextIO | None:

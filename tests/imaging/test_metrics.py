@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from onelabel.errors import DataError
-from onelabel.imaging.metrics import asd, dice, evaluate, hd95, jaccard, volume_mm3
+from onelabel.imaging.metrics import asd, dice, evaluate, hd95, jaccard, usual_volume, volume_mm3
 
 SPACING = (1.0, 2.0, 3.0)
 
@@ -113,3 +113,10 @@ def test_masks_on_two_grids_are_refused() -> None:
         dice(np.zeros((4, 4, 4)), np.zeros((4, 4, 5)))
     with pytest.raises(DataError, match="one length an axis"):
         hd95(np.zeros((4, 4, 4)), np.zeros((4, 4, 4)), (1, 1))
+
+
+def test_a_usual_volume_is_near_the_median() -> None:
+    assert usual_volume([1, 2, 3, 4])[1] == np.inf
+    assert usual_volume([1000.0] * 9 + [10.0]) == (1000, 200)
+    middle, far = usual_volume([1000.0 + 100 * step for step in range(-4, 5)])
+    assert (middle, far) == (1000, pytest.approx(3.5 * 1.4826 * 200))

@@ -15,7 +15,7 @@ from onelabel.imaging.places import HIDDEN, Folder
 from onelabel.tasks import strip_record, strip_worker
 from onelabel.tasks.strip import in_process, strip
 from onelabel.tasks.strip_plan import Job
-from onelabel.tasks.strip_record import TABLE, Outcome
+from onelabel.tasks.strip_record import TABLE, Outcome, Record
 from onelabel.tasks.strip_worker import SCHEMA, Settings
 
 Row = dict[str, Any]
@@ -125,6 +125,29 @@ def test_parts_are_joined_in_any_number(
     assert len(list((out / HIDDEN).glob("part-*"))) == 2
     assert strip([str(scans)], out=out, checkpoint=trained).kept == 3
     assert [row["key"] for row in table(out)] == list("01234")
+
+
+def found(name: str, volume_ml: float | None, flags: str = "", error: str | None = None) -> Row:
+    flag = None if error else flags == "empty"
+    row = {"key": name, "image": name, "volume_ml": volume_ml, "flags": flags, "flag": flag, "error": error}
+    return dict.fromkeys(SCHEMA.names) | row
+
+
+def test_a_volume_is_flagged_while_it_is_unlike_the_others(tmp_path: Path) -> None:
+    edge = "touches the edge of the field of view"
+    first = [found(str(i), 1000 + i) for i in range(4)] + [found("small", 600, edge), found("none", 0, "empty")]
+    more = [found(f"child {i}", 600 + 10 * i) for i in range(9)]
+    out, rows = Folder(str(tmp_path)), [*first, found("broken", None, error="damaged")]
+    for new, flagged in ((rows, {"small", "none"}), (more, {"none", *"0123"})):
+        record = Record(out, {})
+        for row in new:
+            record.add(row)
+        outcome = record.finish([Job(row["key"], row["image"], "") for row in new])
+        record.close()
+        assert {row["key"] for row in table(tmp_path) if row["flag"]} == flagged
+        flags = {row["key"]: row["flags"] for row in table(tmp_path)}
+        assert flags["small"] == f"{edge}; volume unlike the others' 1001 ml" * ("small" in flagged) or edge
+        assert outcome.flagged == len(flagged & {row["key"] for row in new})
 
 
 def test_two_commands_do_not_write_to_one_folder(trained: Path, tmp_path: Path, scans: Path) -> None:
