@@ -20,6 +20,7 @@ from onelabel.configs.schema import NetworkConfig, UNetConfig
 from onelabel.errors import CheckpointError
 from onelabel.models import networks
 
+DEFAULT = Path(__file__).parent / "brain"  # comes with onelabel: docs/model-card.md
 _WEIGHTS = "weights.pt"
 _META = "meta.json"
 

@@ -115,7 +115,9 @@ def strip(
         typer.Argument(metavar="INPUT", help="Scans: files, folders, globs, manifests, BIDS datasets; paths or URIs."),
     ],
     out: Annotated[str, typer.Option(help="Folder or URI for the masks and strip.parquet.")],
-    checkpoint: Annotated[Path, typer.Option(help="A checkpoint folder, or the folder of a run.")],
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="A checkpoint folder, or the folder of a run; by default onelabel's own.")
+    ] = None,
     image: Annotated[bool, typer.Option("--image", help="Write the stripped image too.")] = False,
     distance: Annotated[bool, typer.Option("--distance", help="Write the signed distance to the edge, in mm.")] = False,
     border: Annotated[float, typer.Option(metavar="MM", help="Move the mask's edge outwards; inwards if < 0.")] = 0.0,
@@ -139,7 +141,7 @@ def strip(
 
     The same command again does only what is missing. A BIDS dataset becomes derivatives:
 
-    onelabel strip study/ --out study/derivatives/onelabel --checkpoint runs/first
+    onelabel strip study/ --out study/derivatives/onelabel
     """
     from onelabel.orchestrator import strip as stripping
     from onelabel.tasks.strip_worker import Settings

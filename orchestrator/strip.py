@@ -65,7 +65,7 @@ def entities(subjects: Values, sessions: Values, suffixes: Values, /) -> dict[st
 
 
 def _spread(
-    jobs: Sequence[Job], checkpoint: Path, settings: Settings, out: Folder, /, *, workers: int | None
+    jobs: Sequence[Job], checkpoint: Path | None, settings: Settings, out: Folder, /, *, workers: int | None
 ) -> Iterator[Row]:
     alone = len(jobs) < FEW or (os.cpu_count() == 1 and "RAY_ADDRESS" not in os.environ)
     if len(jobs) == 1 or workers == 1 or (workers is None and alone):

@@ -25,7 +25,7 @@ from onelabel.tasks.strip_worker import Row, Settings, Stripper
 
 log = logging.getLogger(__name__)
 
-Spread = Callable[[Sequence[Job], Path, Settings, Folder], Iterator[Row]]
+Spread = Callable[[Sequence[Job], Path | None, Settings, Folder], Iterator[Row]]
 
 
 def strip(
@@ -33,7 +33,7 @@ def strip(
     /,
     *,
     out: str | Path,
-    checkpoint: Path,
+    checkpoint: Path | None = None,
     settings: Settings | None = None,
     where: Where | None = None,
     image: bool = False,
@@ -51,7 +51,7 @@ def strip(
     inputs : whatever `strip_plan.plan` takes, with `where`
     out : folder or URI; gets `<stem>_mask.nii.gz` for a file, the same tree as in the input for a folder, BIDS
         derivatives for a BIDS dataset
-    checkpoint : a checkpoint folder, or that of a run
+    checkpoint : a checkpoint folder, or that of a run; None: the one that comes with onelabel
     image, distance : also write the stripped image, or the signed distance to the mask's edge in mm
     overwrite : forget what was done before
     spread : yields the rows of jobs in any order; by default they are done in this process, one by one
@@ -67,9 +67,10 @@ def strip(
     folder = Folder(_absolute(str(out)))
     jobs = plan(inputs, where=where, image=image, distance=distance)
     check_apart(inputs, jobs, folder)
-    checkpoint = checkpoint.expanduser().resolve()
-    quality.load(checkpoint, Predictor(checkpoint))
-    record = Record(folder, _made(checkpoint, settings, image=image, distance=distance), overwrite=overwrite)
+    checkpoint = checkpoint.expanduser().resolve() if checkpoint else None
+    known = checkpoint or checkpoints.DEFAULT
+    quality.load(known, Predictor(known))
+    record = Record(folder, _made(known, settings, image=image, distance=distance), overwrite=overwrite)
     try:
         pending = record.pending(jobs)
         if len(pending) < len(jobs):
@@ -85,7 +86,7 @@ def strip(
     return outcome
 
 
-def in_process(jobs: Sequence[Job], checkpoint: Path, settings: Settings, out: Folder, /) -> Iterator[Row]:
+def in_process(jobs: Sequence[Job], checkpoint: Path | None, settings: Settings, out: Folder, /) -> Iterator[Row]:
     """Strip scans one by one; yields their rows."""
     yield from map(Stripper(checkpoint, settings, out), jobs)
 

@@ -12,7 +12,7 @@ from nibabel.spatialimages import SpatialImage
 from numpy.typing import NDArray
 
 from onelabel.imaging import series
-from onelabel.tasks.strip_worker import EMPTY, FULL, LOW, Clock, Settings, Stripper
+from onelabel.tasks.strip_worker import Clock, Settings, Stripper, doubtful
 
 Scan = str | os.PathLike[str] | SpatialImage | tuple[NDArray[Any], NDArray[Any]]
 
@@ -55,7 +55,7 @@ def strip(
     scan: Scan,
     /,
     *,
-    checkpoint: str | os.PathLike[str],
+    checkpoint: str | os.PathLike[str] | None = None,
     device: Literal["cpu", "cuda"] = "cpu",
     threads: int | None = None,
     trust: bool = True,
@@ -69,7 +69,8 @@ def strip(
     scan : path, nibabel image, or (array, affine)
         3D; of a 4D series the mask is made of the mean over the last axis, or with `each_frame` of each volume.
     checkpoint : path
-        A checkpoint folder, or the folder of a run. The last one used is kept in memory.
+        A checkpoint folder, or the folder of a run; None: the one that comes with onelabel, for brains. The last one
+        used is kept in memory.
     device, threads, trust, border_mm, each_frame : see `Settings`
 
     Raises
@@ -81,10 +82,11 @@ def strip(
     Examples
     --------
     >>> from onelabel import strip
-    >>> found = strip("head.nii.gz", checkpoint="runs/study")  # doctest: +SKIP
+    >>> found = strip("head.nii.gz")  # doctest: +SKIP
     >>> found.mask.sum(), found.volume_ml, found.expected_dice  # doctest: +SKIP
     """
-    stripper = _stripper(Path(checkpoint).resolve(), Settings(device, threads, trust, border_mm, each_frame))
+    settings = Settings(device, threads, trust, border_mm, each_frame)
+    stripper = _stripper(Path(checkpoint).resolve() if checkpoint else None, settings)
     mask, worst, volume_ml = stripper.segment_all(_volumes(scan, each=each_frame), Clock())
     flags, known = worst.flags(), worst.trust
     return Stripped(
@@ -95,7 +97,7 @@ def strip(
         expected_dice=known.expected_dice if known else None,
         expected_low=known.expected_low if known else None,
         expected_high=known.expected_high if known else None,
-        flag=bool({EMPTY, FULL, LOW} & set(flags)),
+        flag=doubtful(flags),
         flags=tuple(flags),
     )
 
@@ -110,5 +112,5 @@ def _volumes(scan: Scan, *, each: bool) -> Any:
 
 
 @lru_cache(maxsize=1)
-def _stripper(checkpoint: Path, settings: Settings) -> Stripper:
+def _stripper(checkpoint: Path | None, settings: Settings) -> Stripper:
     return Stripper(checkpoint, settings)

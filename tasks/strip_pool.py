@@ -24,7 +24,7 @@ _LOST_SENTENCE = (
 class Worker:
     """An actor of the pool."""
 
-    def __init__(self, checkpoint: Path, settings: Settings, out: Folder) -> None:
+    def __init__(self, checkpoint: Path | None, settings: Settings, out: Folder) -> None:
         self.stripper = Stripper(checkpoint, settings, out)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -34,7 +34,7 @@ class Worker:
 
 
 def over_ray(
-    jobs: Sequence[Job], checkpoint: Path, settings: Settings, out: Folder, /, *, workers: int, memory: float
+    jobs: Sequence[Job], checkpoint: Path | None, settings: Settings, out: Folder, /, *, workers: int, memory: float
 ) -> Iterator[Row]:
     """Strip scans on a cluster that is connected; yields rows as they are done.
 

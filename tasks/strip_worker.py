@@ -23,6 +23,7 @@ from onelabel.errors import SCAN_FAULTS, ClusterError, sentence
 from onelabel.imaging import edges, metrics, outputs, picture, places, series
 from onelabel.imaging.places import Folder
 from onelabel.imaging.volume import Volume
+from onelabel.models import checkpoint as checkpoints
 from onelabel.models import quality
 from onelabel.models.predictor import Predictor
 from onelabel.models.quality import Trust
@@ -43,6 +44,7 @@ SCHEMA = pa.schema(
     ]
 )
 EMPTY, FULL, LOW, EDGE = "empty", "full", "low expected Dice", "touches the edge of the field of view"
+UNLIKE = "volume unlike the others'"
 WAIT_S = 1.0  # before a scan is tried again
 FAULTS = (*SCAN_FAULTS, ArithmeticError, AttributeError, EOFError, LookupError, TypeError, struct.error, zlib.error)
 _PASSING = {
@@ -114,13 +116,16 @@ class Clock:
 class Stripper:
     """Strips one scan a call; loads the networks once.
 
+    checkpoint : None: the one that comes with onelabel, wherever that lies on this machine
+
     Raises
     ------
     CheckpointError : no usable checkpoint.
     ClusterError : cuda without a GPU.
     """
 
-    def __init__(self, checkpoint: Path, settings: Settings, out: Folder | None = None) -> None:
+    def __init__(self, checkpoint: Path | None, settings: Settings, out: Folder | None = None) -> None:
+        checkpoint = checkpoint or checkpoints.DEFAULT
         if settings.device == "cuda" and not torch.cuda.is_available():
             raise ClusterError("PyTorch finds no CUDA device on this machine: use device cpu")
         if settings.threads:
@@ -200,7 +205,7 @@ class Stripper:
         }
         trust = asdict(worst.trust) if worst.trust else {}
         seconds = {f"seconds_{phase}": took for phase, took in clock.seconds.items()}
-        return found | trust | seconds | {"flag": bool({EMPTY, FULL, LOW} & set(flags))}
+        return found | trust | seconds | {"flag": doubtful(flags)}
 
     def _save(self, job: Job, mask: Volume, like: Path) -> None:
         """Write what is wanted, the mask last."""
@@ -217,6 +222,11 @@ class Stripper:
                     file.write_text(json.dumps(facts, indent=2) + "\n")
         with self.out.writing(job.mask) as file:
             outputs.save(mask, file, like=like, dtype=np.uint8)
+
+
+def doubtful(flags: Sequence[str], /) -> bool:
+    """Whether one of the flags asks for a look at the mask."""
+    return any(flag.startswith((EMPTY, FULL, LOW, UNLIKE)) for flag in flags)
 
 
 def can_pass(error: BaseException, /) -> bool:
