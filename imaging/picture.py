@@ -53,7 +53,8 @@ def _slices(image: Volume, mask: NDArray[np.bool_]) -> Iterator[tuple[NDArray, N
         others = tuple(other for other in range(3) if other != axis)
         along = inside.sum(axis=others)
         place = int(round(np.average(np.arange(len(along)), weights=along))) if along.any() else len(along) // 2
-        planes = (np.take(part, place, axis).T[::-1] for part in (data, inside))
+        at = (*(slice(None),) * axis, place)
+        planes = (part[at].T[::-1] for part in (data, inside))
         yield next(planes), next(planes), (spacing[others[1]], spacing[others[0]])
 
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch.nn.functional import affine_grid, grid_sample
 
 SLAB_VOXELS = 2**21  # resampled at a time: bounds the memory of the sampling grid
+_PARALLEL = 1e-3  # source voxels that axes may deviate from being parallel over the whole target grid
 _TORCH_MODES = {"linear": "bilinear", "nearest": "nearest"}
 
 
@@ -42,14 +43,62 @@ def resample(
         float32 in linear mode, else the dtype of ``data``; 0 outside the field of view.
     """
     to_source = np.linalg.inv(affine) @ to_affine
-    # Arrays that came through shared memory are read-only, and torch wants to own what it wraps.
-    tensor = torch.from_numpy(np.require(data, np.float32, ["C", "W"]))
-    tensor = tensor.reshape(-1, *data.shape[-3:])
-    if antialias:
-        steps = np.linalg.norm(to_source[:3, :3], axis=1)  # target voxel in source voxels, along each source axis
-        for axis, step in enumerate(steps.tolist(), start=1):
-            tensor = _blur(tensor, axis, sigma=0.425 * math.sqrt(max(0.0, step**2 - 1)))
+    steps = np.linalg.norm(to_source[:3, :3], axis=1)  # target voxel in source voxels, along each source axis
+    sigmas = [0.425 * math.sqrt(max(0.0, step**2 - 1)) if antialias else 0.0 for step in steps.tolist()]
+    channels = data if data.ndim == 4 else data[None]
+    driver = _drivers(to_source, to_shape)
+    if mode == "linear" and driver:
+        out = _by_axis(channels, to_source, to_shape, driver, sigmas)
+    else:
+        out = _by_point(channels, to_source, to_shape, sigmas, mode)
+    result = out if data.ndim == 4 else out[0]
+    return result if mode == "linear" else result.astype(data.dtype, copy=False)
 
+
+def _drivers(to_source: NDArray[np.float64], to_shape: Sequence[int]) -> list[int] | None:
+    """For each source axis the target axis along which it runs, if the two grids are parallel."""
+    moves = np.abs(to_source[:3, :3]) * np.array(to_shape) > _PARALLEL
+    return moves.argmax(1).tolist() if (moves.sum(0) == 1).all() and (moves.sum(1) == 1).all() else None
+
+
+def _by_axis(
+    data: NDArray[Any], to_source: NDArray[np.float64], to_shape: Sequence[int], driver: list[int], sigmas: list[float]
+) -> NDArray[np.float32]:
+    """Between parallel grids: blur and interpolation are one small matrix for each axis."""
+    weights = [
+        _weights(n, to_shape[along], to_source[axis, along], to_source[axis, 3], sigma)
+        for axis, (n, along, sigma) in enumerate(zip(data.shape[1:], driver, sigmas, strict=True))
+    ]
+    order = sorted(range(3), key=lambda axis: -abs(data.strides[axis + 1]))  # as it lies in memory
+    tensor = _owned(data.transpose(0, *(axis + 1 for axis in order)))
+    for place in sorted(range(3), key=lambda place: weights[order[place]].shape[0] / weights[order[place]].shape[1]):
+        weight, sizes = weights[order[place]], list(tensor.shape)
+        rest = math.prod(sizes[place + 2 :])
+        flat = tensor.reshape(-1, sizes[place + 1], rest)
+        flat = flat[..., 0] @ weight.T if rest == 1 else weight @ flat
+        tensor = flat.reshape(*sizes[: place + 1], weight.shape[0], *sizes[place + 2 :])
+    axes = [driver[axis] for axis in order]
+    return np.ascontiguousarray(tensor.numpy().transpose(0, *(axes.index(axis) + 1 for axis in range(3))))
+
+
+def _weights(size: int, to_size: int, step: float, start: float, sigma: float) -> torch.Tensor:
+    """(to_size, size): what the voxels of a source axis give to each one of a target axis."""
+    taps, places = _gaussian(sigma), np.arange(size)
+    blur = np.zeros((size, size))
+    for offset, tap in enumerate(taps, start=-(len(taps) // 2)):
+        np.add.at(blur, (places, np.clip(places + offset, 0, size - 1)), tap)
+    points = start + step * np.arange(to_size)
+    linear = np.clip(1 - np.abs(points[:, None] - places), 0, None)
+    return torch.from_numpy((linear @ blur).astype(np.float32))
+
+
+def _by_point(
+    data: NDArray[Any], to_source: NDArray[np.float64], to_shape: Sequence[int], sigmas: list[float], mode: str
+) -> NDArray[np.float32]:
+    """Between any two grids: the source is looked up at each target voxel."""
+    tensor = _owned(data)
+    for axis, sigma in enumerate(sigmas, start=1):
+        tensor = _blur(tensor, axis, sigma)
     out = torch.empty(tensor.shape[0], *to_shape)
     depth = max(1, SLAB_VOXELS // math.prod(to_shape[1:]))
     for start in range(0, to_shape[0], depth):
@@ -60,8 +109,12 @@ def resample(
         theta = np.ascontiguousarray(theta[2::-1][:, [2, 1, 0, 3]], np.float32)  # torch counts axes from the last
         points = affine_grid(torch.from_numpy(theta)[None], [1, 1, *slab.shape[1:]], align_corners=False)
         slab[:] = grid_sample(tensor[None], points, mode=_TORCH_MODES[mode], align_corners=False)[0]
-    result = out.numpy().reshape(*data.shape[:-3], *to_shape)
-    return result if mode == "linear" else result.astype(data.dtype, copy=False)
+    return np.asarray(out.numpy())
+
+
+def _owned(data: NDArray[Any]) -> torch.Tensor:
+    # Arrays that came through shared memory are read-only, and torch wants to own what it wraps.
+    return torch.from_numpy(np.require(data, np.float32, ["C", "W"]))
 
 
 def _index_to_unit(shape: Sequence[int]) -> NDArray[np.float64]:
@@ -71,14 +124,23 @@ def _index_to_unit(shape: Sequence[int]) -> NDArray[np.float64]:
     return matrix
 
 
-def _blur(tensor: torch.Tensor, axis: int, *, sigma: float) -> torch.Tensor:
-    """Gaussian blur along one axis, sigma in voxels; the outermost voxels repeat beyond the edge."""
+def _gaussian(sigma: float) -> list[float]:
+    """Weights of a voxel and its neighbours, sigma in voxels."""
     if sigma < 0.2:  # the neighbours would weigh less than 1e-5
+        return [1.0]
+    radius = math.ceil(3 * sigma)
+    weights = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
+    return [float(weight) for weight in weights / weights.sum()]
+
+
+def _blur(tensor: torch.Tensor, axis: int, sigma: float) -> torch.Tensor:
+    """Gaussian blur along one axis; the outermost voxels repeat beyond the edge."""
+    taps, size = _gaussian(sigma), tensor.shape[axis]
+    if len(taps) == 1:
         return tensor
-    radius, size = math.ceil(3 * sigma), tensor.shape[axis]
-    weights = torch.exp(-0.5 * (torch.arange(-radius, radius + 1) / sigma) ** 2)
+    radius = len(taps) // 2
     padded = tensor.index_select(axis, torch.arange(-radius, size + radius).clamp(0, size - 1))
     blurred = torch.zeros_like(tensor)
-    for start, weight in enumerate((weights / weights.sum()).tolist()):
-        blurred.add_(padded.narrow(axis, start, size), alpha=weight)
+    for start, tap in enumerate(taps):
+        blurred.add_(padded.narrow(axis, start, size), alpha=tap)
     return blurred

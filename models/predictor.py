@@ -46,10 +46,8 @@ class Predictor:
         conformed = image_on_grid(scan, self.grid)
         image = torch.from_numpy(conformed.data)[None, None].to(self.device)
         probability = self.probability(image)
-        foreground = probability[0, 1:].cpu().numpy()
-        native = volume.restore(foreground, conformed.affine, scan.shape, scan.affine)
-        mask = clean(np.where(native.sum(0) > 0.5, native.argmax(0) + 1, 0).astype(np.uint8))
-        return Prediction(Volume(mask, scan.affine), image, probability, conformed.affine)
+        mask = _in_grid_of(scan, probability[0, 1:].cpu().numpy(), conformed.affine)
+        return Prediction(mask, image, probability, conformed.affine)
 
     @torch.inference_mode()
     def probability(self, image: Tensor, /, *, dropout: bool = False) -> Tensor:
@@ -67,6 +65,19 @@ def _set_dropout(network: nn.Module, on: bool) -> None:
     for module in network.modules():
         if isinstance(module, nn.Dropout2d | nn.Dropout3d):
             module.train(on)
+
+
+def _in_grid_of(scan: Volume, foreground: NDArray[np.float32], affine: NDArray[np.float64]) -> Volume:
+    """The cleaned mask (*native) of class probabilities (classes - 1, *size): what together exceeds one half."""
+    mask = np.zeros(scan.shape, np.uint8)
+    box = volume.box(foreground.sum(0) > 0.5, affine, scan)
+    if box:
+        corner = scan.affine.copy()
+        corner[:3, 3] = (scan.affine @ [*(part.start for part in box), 1])[:3]
+        native = volume.restore(foreground, affine, mask[box].shape, corner)
+        label = native.argmax(0).astype(np.uint8) + np.uint8(1) if len(native) > 1 else np.uint8(1)
+        mask[box] = clean(np.where(native.sum(0) > 0.5, label, np.uint8(0)))
+    return Volume(mask, scan.affine)
 
 
 def clean(mask: np.ndarray, /) -> np.ndarray:

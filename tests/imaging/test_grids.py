@@ -7,7 +7,7 @@ import pytest
 from onelabel.errors import DataError
 from onelabel.imaging.metrics import dice
 from onelabel.imaging.resample import resample
-from onelabel.imaging.volume import Grid, Volume, conform, conform_mask, reorient, restore, scale
+from onelabel.imaging.volume import Grid, Volume, box, conform, conform_mask, reorient, restore, scale
 
 ORIENTATIONS = [
     np.array([[sign * (axis == column) for axis in range(3)] for sign, column in zip(signs, order, strict=True)])
@@ -223,3 +223,38 @@ def test_scale_finds_the_one_bright_voxel() -> None:
 def test_scale_refuses_an_image_without_contrast() -> None:
     with pytest.raises(DataError, match="contrast"):
         scale(np.full((4, 4, 4), 3.0))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_parallel_grids_are_resampled_as_any_others(seed: int) -> None:
+    """Axes permuted, flipped, of other lengths: a small matrix for each axis gives what looking up points gives."""
+    rng = np.random.default_rng(seed)
+    data = rng.normal(size=(2, *rng.integers(2, 20, 3))).astype(np.float32)
+    affine, target = np.eye(4), np.diag([*rng.uniform(0.4, 4, 3), 1])
+    affine[:3, :3] = np.eye(3)[rng.permutation(3)] * rng.choice([-1, 1], 3) * rng.uniform(0.4, 4, 3)
+    affine[:3, 3], target[:3, 3] = rng.normal(0, 4, (2, 3))
+    tilted = affine.copy()
+    tilted[:3, :3] += 2e-4 * rng.normal(size=(3, 3))  # too little to matter, too much to be parallel
+    for way in ({}, {"antialias": True}):
+        for order in ("C", "F"):
+            found = resample(np.asarray(data, order=order), affine, target, (15, 16, 17), **way)
+            assert np.abs(found - resample(data, tilted, target, (15, 16, 17), **way)).max() < 0.05
+            assert found.flags.c_contiguous
+    assert np.array_equal(resample(data[0], affine, target, (9, 9, 9)), resample(data, affine, target, (9, 9, 9))[0])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_box_holds_all_of_a_structure(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    scan = Volume(np.zeros(rng.integers(4, 40, 3), np.float32), np.diag([*rng.uniform(0.5, 4, 3), 1]))
+    scan.affine[:3, :3] += rng.normal(0, 0.2, (3, 3))
+    grid = Grid((3.0, 3.0, 3.0), (16, 16, 16))
+    affine = conform(scan, grid).affine
+    probability = np.zeros(grid.size, np.float32)
+    low = rng.integers(0, 12, 3)
+    probability[tuple(slice(a, a + b) for a, b in zip(low, rng.integers(1, 5, 3), strict=True))] = 1
+    native = restore(probability, affine, scan.shape, scan.affine) > 0.5
+    found = box(probability > 0.5, affine, scan)
+    if native.any():
+        assert found and native[found].sum() == native.sum()
+    assert box(np.zeros(grid.size, bool), affine, scan) is None
