@@ -80,6 +80,18 @@ def _in_grid_of(scan: Volume, foreground: NDArray[np.float32], affine: NDArray[n
     return Volume(mask, scan.affine)
 
 
+def likeliest(probability: Tensor, /) -> Tensor:
+    """The class (B, *size) int64 with the highest of the values (B, classes, *size); of equal ones the first.
+
+    What argmax gives, which takes fifty times as long where the values of a voxel lie far apart in memory.
+    """
+    best, label = probability[:, 0], torch.zeros_like(probability[:, 0], dtype=torch.int64)
+    for place in range(1, probability.shape[1]):
+        label.masked_fill_(probability[:, place] > best, place)
+        best = torch.maximum(best, probability[:, place])
+    return label
+
+
 def clean(mask: np.ndarray, /) -> np.ndarray:
     """Keep the largest component of the foreground and fill its holes with the first class."""
     foreground = cc3d.largest_k(mask > 0, k=1, connectivity=6) > 0

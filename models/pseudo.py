@@ -10,7 +10,7 @@ from onelabel.configs.streams import PseudoLabelConfig
 from onelabel.imaging import volume
 from onelabel.imaging.labels import LEVELS
 from onelabel.imaging.volume import Volume
-from onelabel.models.predictor import Prediction, clean
+from onelabel.models.predictor import Prediction, clean, likeliest
 from onelabel.models.rankers.autoencoder import AutoencoderRanker
 from onelabel.models.rankers.base import Predict
 from onelabel.models.rankers.views import sample_views, seen_by
@@ -58,7 +58,7 @@ class PseudoLabeller:
             total += probability
             passes += 1
         if self.autoencoder:
-            return self.autoencoder.reconstruct(total[0].argmax(0))
+            return self.autoencoder.reconstruct(likeliest(total)[0])
         return total[0, 1:].sum(0) / passes
 
     def _passes(self, prediction: Prediction) -> Iterator[Tensor]:

@@ -31,7 +31,7 @@ from onelabel.imaging import metrics, outputs, random, synthesis, volume
 from onelabel.imaging.labels import HALF
 from onelabel.imaging.random import derive
 from onelabel.models import rankers
-from onelabel.models.predictor import Prediction, Predictor, clean
+from onelabel.models.predictor import Prediction, Predictor, clean, likeliest
 from onelabel.models.pseudo import PseudoLabeller
 from onelabel.models.rankers import AutoencoderRanker, fuse
 from onelabel.models.rankers.expectation import Expectation, fit
@@ -299,7 +299,7 @@ class Scorer:
             return {}  # all of the structure is out of view
         seen = (image.to(self.predictor.device).float() / 255)[None, None]
         probability = self.predictor.probability(seen)
-        mask = clean(probability[0].argmax(0).to(torch.uint8).cpu().numpy())
+        mask = clean(likeliest(probability)[0].to(torch.uint8).cpu().numpy())
         return {"dice": metrics.dice(mask > 0, truth)} | self._rank(seen, probability)
 
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from onelabel.models.networks.autoencoder import Autoencoder, unview, views
+from onelabel.models.predictor import likeliest
 from onelabel.models.rankers.base import Predict, Ranker
 
 _SLICES = 16  # that the network sees at once
@@ -20,7 +21,7 @@ class AutoencoderRanker(Ranker):
     @torch.inference_mode()
     def score(self, image: Tensor, probability: Tensor, predict: Predict) -> Tensor:
         """Soft Dice of the foreground between mask and reconstruction: 2 sum(min(m, r)) / (sum(m) + sum(r))."""
-        return torch.stack([self._score(mask) for mask in probability.argmax(1)])
+        return torch.stack([self._score(mask) for mask in likeliest(probability)])
 
     @torch.inference_mode()
     def reconstruct(self, mask: Tensor) -> Tensor:

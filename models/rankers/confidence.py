@@ -3,11 +3,11 @@
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from onelabel.configs.schema import ConfidenceRankerConfig
 from onelabel.imaging.random import derive
+from onelabel.models.predictor import likeliest
 from onelabel.models.rankers.base import Predict, Ranker
 from onelabel.models.rankers.views import sample_views, seen_by
 
@@ -23,11 +23,14 @@ class ConfidenceRanker(Ranker):
     def score(self, image: Tensor, probability: Tensor, predict: Predict) -> Tensor:
         """One less the mean entropy, as a share of the largest there can be, over the widened foreground."""
         mean = self._mean(image, probability, predict)
-        entropy = torch.special.entr(mean).sum(1) / math.log(mean.shape[1])
-        mask = probability.argmax(1) > 0
-        region = _widened(mask, self.config.dilate)
-        score = 1 - (entropy * region).flatten(1).sum(1) / region.flatten(1).sum(1).clamp(min=1)
-        return torch.where(mask.flatten(1).any(1), score, 0.0)
+        masks = likeliest(probability) > 0
+        return torch.stack([self._of_one(one, mask) for one, mask in zip(mean, masks, strict=True)])
+
+    def _of_one(self, probability: Tensor, mask: Tensor) -> Tensor:
+        """Of probabilities (classes, *size), and their foreground (*size)."""
+        within = probability[:, _widened(mask, self.config.dilate)]
+        entropy = torch.special.entr(within).sum(0).mean() / math.log(len(probability))
+        return torch.where(mask.any(), 1 - entropy, 0.0)
 
     def _mean(self, image: Tensor, probability: Tensor, predict: Predict) -> Tensor:
         if self.config.of == "prediction":
@@ -42,8 +45,11 @@ class ConfidenceRanker(Ranker):
 
 
 def _widened(mask: Tensor, voxels: int) -> Tensor:
-    """A mask (B, *size) bool and what lies within some voxels of it."""
-    wide = mask.float().unsqueeze(1)
-    for _ in range(voxels):
-        wide = F.max_pool3d(wide, 3, stride=1, padding=1)
-    return wide.squeeze(1) > 0
+    """A mask (*size) bool and what lies within a cube of some voxels around it."""
+    for axis, size in enumerate(mask.shape):
+        wide = mask.clone()
+        for shift in range(1, min(voxels, size - 1) + 1):
+            wide.narrow(axis, shift, size - shift).logical_or_(mask.narrow(axis, 0, size - shift))
+            wide.narrow(axis, 0, size - shift).logical_or_(mask.narrow(axis, shift, size - shift))
+        mask = wide
+    return mask

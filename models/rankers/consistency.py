@@ -1,10 +1,10 @@
 """Agreement of the masks of several views (Specktor-Fadida 2023, arXiv 2308.10727)."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from onelabel.configs.schema import ConsistencyRankerConfig
+from onelabel.models.predictor import likeliest
 from onelabel.models.rankers.base import Predict, Ranker, agreement
 from onelabel.models.rankers.views import sample_views, seen_by
 
@@ -19,9 +19,9 @@ class ConsistencyRanker(Ranker):
     def score(self, image: Tensor, probability: Tensor, predict: Predict) -> Tensor:
         """Median over the views, the image itself included, of the Dice with what most of them say."""
         classes = probability.shape[1]
-        masks = [each.argmax(1) for each in (probability, *seen_by(predict, image, self.views))]
-        votes = torch.stack([F.one_hot(mask, classes) for mask in masks]).sum(0)
-        most = votes.argmax(-1)
+        masks = [likeliest(each) for each in (probability, *seen_by(predict, image, self.views))]
+        votes = [torch.stack([mask == label for mask in masks]).sum(0) for label in range(classes)]
+        most = likeliest(torch.stack(votes, 1))
         scores = [
             torch.stack([agreement(whole, mask) for whole, mask in zip(most, each, strict=True)]) for each in masks
         ]

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from onelabel.configs.schema import PosteriorRankerConfig
+from onelabel.models.predictor import likeliest
 from onelabel.models.rankers.base import Predict, Ranker
 from onelabel.models.rankers.views import sample_views, seen_by
 
@@ -18,7 +19,7 @@ class PosteriorRanker(Ranker):
     def score(self, image: Tensor, probability: Tensor, predict: Predict) -> Tensor:
         """Soft Dice of the foreground of mask and mean probability: 2 sum(p m) / (sum(p) + sum(m))."""
         mean = torch.stack([predict(image), *seen_by(predict, image, self.views)]).mean(0)[:, 1:]
-        label = probability.argmax(1, keepdim=True)
+        label = likeliest(probability)[:, None]
         mask = label == torch.arange(1, probability.shape[1], device=label.device).view(-1, *[1] * (label.ndim - 2))
         overlap, total = (part.flatten(1).sum(1, dtype=torch.float64) for part in (mean * mask, mean + mask))
         return torch.where(mask.flatten(1).any(1), 2 * overlap / total, 0.0).float()

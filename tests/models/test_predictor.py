@@ -16,7 +16,7 @@ from onelabel.imaging.volume import Volume
 from onelabel.models import checkpoint
 from onelabel.models.checkpoint import Meta
 from onelabel.models.networks.unet import UNet
-from onelabel.models.predictor import Predictor, clean
+from onelabel.models.predictor import Predictor, clean, likeliest
 
 ORIENTATIONS = [
     np.array([[sign * (axis == column) for axis in range(3)] for sign, column in zip(signs, order, strict=True)])
@@ -152,6 +152,13 @@ def test_cleaning_keeps_classes() -> None:
 def test_cleaning_nothing_or_everything(value: int) -> None:
     mask = np.full((6, 7, 8), value, np.uint8)
     assert np.array_equal(clean(mask), mask)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 5])
+def test_the_likeliest_class_is_the_first_of_the_highest(classes: int) -> None:
+    probability = torch.rand(2, classes, 5, 6, 7).mul(4).round()  # many are equal
+    values, found = probability.numpy(), likeliest(probability).numpy()
+    assert np.array_equal(found, values.argmax(1))
 
 
 def test_dropout_is_on_only_when_asked_for(tmp_path: Path) -> None:
