@@ -1,6 +1,7 @@
 """Does it pay to choose pseudo-labels, and by which ranker? Self-training on the k best of each ranker, against chance.
 
-python benchmarks/study.py DATA [--storage runs] [--seeds 0,1,2] [--k 5,10,20,40] [--vary 20] [--plot FILE] [key=value]
+python benchmarks/study.py DATA [--storage runs] [--seeds 0,1,2] [--k 5,10,20,40] [--vary 20] [--label KEY] [--plot FILE]
+    [key=value]
 
 DATA/participants.csv has columns key, split, image, mask; splits labelled, unlabelled, test. For each seed the
 first stage of `singlestrip` is trained once, and each ranker and k goes on from it with the same rounds of
@@ -80,13 +81,17 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--k", default="5,10,20,40")
     parser.add_argument("--vary", type=int, default=20, help="k of the recipes; 0: none of them")
+    parser.add_argument("--label", help="key of the labelled scan, where there are several")
     parser.add_argument("--plot", type=Path, default=Path("study.png"))
     parser.add_argument("settings", nargs="*", help="key=value for all runs")
     options = parser.parse_args()
     seeds, ks = ([int(part) for part in text.split(",")] for text in (options.seeds, options.k))
     common = [*GRID, f"storage={options.storage}", *options.settings]
     with runtime.connect(load(["supervised", "data.labelled=none", *common]).compute):
-        cells = [cell for seed in seeds for cell in _cells(options.data, common, seed, _ways(ks, options.vary))]
+        pool = split(options.data, labelled="labelled", unlabelled="unlabelled", test="test")
+        pool += [f"data.labelled.where.key={options.label}"] * bool(options.label)
+        every = split(options.data, labelled="unlabelled", test="test")
+        cells = [cell for seed in seeds for cell in _cells(pool, every, common, seed, _ways(ks, options.vary))]
     sys.stdout.write(_table(cells) + "\n")
     _plot(cells, options.plot)
 
@@ -103,9 +108,10 @@ def _chosen(ranker: str, k: int) -> list[str]:
     return [f"stages.*={{ranker: {RANKERS[ranker]}, select: {{type: top_k, k: {k}}}}}"]
 
 
-def _cells(data: Path, common: list[str], seed: int, ways: Iterable[tuple[str, int, list[str]]]) -> Iterator[Cell]:
-    """All runs of a seed."""
-    pool = split(data, labelled="labelled", unlabelled="unlabelled", test="test")
+def _cells(
+    pool: list[str], every: list[str], common: list[str], seed: int, ways: Iterable[tuple[str, int, list[str]]]
+) -> Iterator[Cell]:
+    """All runs of a seed, from one labelled scan and from all labels."""
     one = ["singlestrip", *pool, f"seed={seed}", *common, "stages.1.rounds=2"]
     base = load([*one, f"name=study-{seed}-base", "stages.*.ranker={type: random}"])
     base = base.model_copy(update={"stages": base.stages[:1]})
@@ -118,8 +124,8 @@ def _cells(data: Path, common: list[str], seed: int, ways: Iterable[tuple[str, i
         yield Cell(name, k, seed, _dice(config))
         fitted = config if (Path(config.storage) / config.name / "rankers").is_dir() else fitted
     steps = sum(stage.steps * stage.rounds for stage in load(one).stages)
-    every = ["supervised", *split(data, labelled="unlabelled", test="test"), f"seed={seed}", *common]
-    yield Cell("all labels", 0, seed, _dice(load([*every, f"name=study-{seed}-all", f"stages.0.steps={steps}"])))
+    reference = ["supervised", *every, f"seed={seed}", f"name=study-{seed}-all", f"stages.0.steps={steps}", *common]
+    yield Cell("all labels", 0, seed, _dice(load(reference)))
 
 
 def _dice(config: RunConfig) -> np.ndarray:

@@ -9,7 +9,8 @@ import onelabel
 from onelabel import strip
 from onelabel.configs.schema import ConfidenceRankerConfig
 from onelabel.errors import CheckpointError, DataError
-from onelabel.models import quality
+from onelabel.imaging.metrics import dice
+from onelabel.models import checkpoint, quality
 from onelabel.models.rankers.expectation import fit
 from onelabel.tasks import strip as stripping
 
@@ -80,3 +81,18 @@ def test_what_is_not_there_is_an_attribute_error() -> None:
     assert {"strip", "Stripped"} <= set(onelabel.__all__)
     with pytest.raises(AttributeError, match="no attribute 'stripp'"):
         _ = onelabel.stripp  # type: ignore[attr-defined]
+
+
+def test_without_a_checkpoint_the_own_network_does_it(shared_data: Path) -> None:
+    folder = shared_data / "contrasts"
+    found = strip(folder / "image" / "hippodeep_T1.nii.gz")
+    truth = np.asarray(nib.load(folder / "mask" / "hippodeep_T1.nii.gz").dataobj)
+    assert dice(found.mask, truth) > 0.95
+    assert found.expected_dice is not None and found.expected_dice > 0.9
+    assert not found.flag
+
+
+def test_the_own_network_is_small_and_knows_where_it_comes_from() -> None:
+    assert sum(file.stat().st_size for file in checkpoint.DEFAULT.rglob("*") if file.is_file()) < 8e6
+    meta = checkpoint.load_segmenter(checkpoint.DEFAULT)[1]
+    assert meta.step > 0 and meta.manifest_digest and meta.versions["torch"]
