@@ -1,7 +1,7 @@
 """Does it pay to choose pseudo-labels, and by which ranker? Self-training on the k best of each ranker, against chance.
 
-python benchmarks/study.py DATA [--storage runs] [--seeds 0,1,2] [--k 5,10,20,40] [--vary 20] [--label KEY] [--plot FILE]
-    [key=value]
+python benchmarks/study.py DATA [--storage runs] [--seeds 0,1,2] [--k 5,10,20,40] [--vary 20] [--label KEY]
+    [--plot FILE] [key=value]
 
 DATA/participants.csv has columns key, split, image, mask; splits labelled, unlabelled, test. For each seed the
 first stage of `singlestrip` is trained once, and each ranker and k goes on from it with the same rounds of
