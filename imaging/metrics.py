@@ -53,13 +53,13 @@ def volume_mm3(mask: Mask, spacing_mm: Sequence[float], /) -> float:
 def usual_volume(volumes: Sequence[float], /) -> tuple[float, float]:
     """Median volume of a cohort's masks, and how far from it a volume is unlike the others; in the unit of the volumes.
 
-    Far is 3.5 robust standard deviations, at least a fifth of the median, and infinite among fewer than `FEW` masks.
+    Far is 3.5 robust standard deviations, at least three tenths of the median, and infinite among fewer than `FEW` masks.
     """
     if len(volumes) < FEW:
         return float("nan"), float("inf")
     middle = float(np.median(volumes))
     spread = 1.4826 * float(np.median(np.abs(np.array(volumes) - middle)))
-    return middle, max(3.5 * spread, 0.2 * middle)
+    return middle, max(3.5 * spread, 0.3 * middle)
 
 
 def evaluate(pred: Mask, truth: Mask, spacing_mm: Sequence[float], /) -> dict[str, float | bool]:

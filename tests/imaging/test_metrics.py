@@ -117,6 +117,6 @@ def test_masks_on_two_grids_are_refused() -> None:
 
 def test_a_usual_volume_is_near_the_median() -> None:
     assert usual_volume([1, 2, 3, 4])[1] == np.inf
-    assert usual_volume([1000.0] * 9 + [10.0]) == (1000, 200)
+    assert usual_volume([1000.0] * 9 + [10.0]) == (1000, 300)
     middle, far = usual_volume([1000.0 + 100 * step for step in range(-4, 5)])
     assert (middle, far) == (1000, pytest.approx(3.5 * 1.4826 * 200))
