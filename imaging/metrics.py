@@ -53,7 +53,7 @@ def volume_mm3(mask: Mask, spacing_mm: Sequence[float], /) -> float:
 def usual_volume(volumes: Sequence[float], /) -> tuple[float, float]:
     """Median volume of a cohort's masks, and how far from it a volume is unlike the others; in the unit of the volumes.
 
-    Far is 3.5 robust standard deviations, at least three tenths of the median, and infinite among fewer than `FEW` masks.
+    Far is 3.5 robust standard deviations, at least 0.3 of the median, and infinite among fewer than `FEW` masks.
     """
     if len(volumes) < FEW:
         return float("nan"), float("inf")

@@ -13,8 +13,9 @@ from onelabel.errors import ConfigError
 DATA = "data={labelled: one.nii.gz, unlabelled: many}"
 BASE = ("singlestrip", DATA)
 # Presets that are no strategy of their own and stack on one.
-OVERLAYS = {"smoke", "search", "default_brain"}
-STRATEGIES = sorted({path.stem for path in PRESETS.glob("*.yaml")} - OVERLAYS)
+OVERLAYS = {"smoke", "search"}
+ON_SINGLESTRIP = {"default_brain"}
+STRATEGIES = sorted({path.stem for path in PRESETS.glob("*.yaml")} - OVERLAYS - ON_SINGLESTRIP)
 
 
 def sentence(*items: str) -> str:
@@ -49,6 +50,15 @@ def test_overlays_load_on_every_strategy(strategy: str, overlay: str) -> None:
     assert stacked != plain
     assert [stage.name for stage in stacked.stages] == [stage.name for stage in plain.stages]
     assert [stage.ranker is None for stage in stacked.stages] == [stage.ranker is None for stage in plain.stages]
+
+
+def test_the_default_network_is_trained_like_any_other() -> None:
+    paths = [f"data.{part}.path=heads.csv" for part in ("labelled", "unlabelled", "test")]
+    plain, stacked = load(["singlestrip", *paths]), load(["singlestrip", "default_brain", *paths])
+    assert stacked.data.labelled.where == {"split": "labelled"}
+    assert stacked.model_copy(update={"name": plain.name, "data": plain.data}) == plain
+    with pytest.raises(ConfigError, match="'data.labelled.path' is missing"):
+        load(["singlestrip", "default_brain"])
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

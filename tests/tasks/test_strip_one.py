@@ -85,8 +85,8 @@ def test_what_is_not_there_is_an_attribute_error() -> None:
 
 def test_without_a_checkpoint_the_own_network_does_it(shared_data: Path) -> None:
     folder = shared_data / "contrasts"
-    found = strip(folder / "image" / "hippodeep_T1.nii.gz")
-    truth = np.asarray(nib.load(folder / "mask" / "hippodeep_T1.nii.gz").dataobj)
+    found = strip(folder / "image" / "nvreg_T1.nii.gz")
+    truth = np.asarray(nib.load(folder / "mask" / "nvreg_T1.nii.gz").dataobj)
     assert dice(found.mask, truth) > 0.95
     assert found.expected_dice is not None and found.expected_dice > 0.9
     assert not found.flag
