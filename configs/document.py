@@ -9,12 +9,13 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from onelabel.configs.data import SourceConfig
 from onelabel.configs.load import models_in
-from onelabel.configs.schema import RunConfig, SourceConfig
+from onelabel.configs.schema import RunConfig
 
 _HEAD = """# Configuration
 
-<!-- Written by `make docs` from configs/schema.py, streams.py, selection.py and augmentation.py; edit those. -->
+<!-- Written by `make docs` from the classes in configs/; edit those. -->
 
 A run is described by YAML files or presets, stacked from left to right, and `key=value` overrides; later ones win.
 

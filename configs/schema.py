@@ -5,16 +5,13 @@ from typing import Annotated, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from onelabel.configs.augmentation import Base, DeformConfig, SynthesisConfig
+from onelabel.configs.data import DataConfig
 from onelabel.configs.selection import SelectConfig, ThresholdConfig, TopKConfig
 from onelabel.configs.streams import Ingredients, PseudoLabelConfig, StreamConfig, ViewsConfig
 
 
 def _per_axis(value: object) -> object:
     return (value,) * 3 if isinstance(value, int | float) else value
-
-
-def _as_source(value: object) -> object:
-    return {"path": value} if isinstance(value, str) else value
 
 
 def _as_levels(value: object) -> object:
@@ -28,25 +25,6 @@ Size = Annotated[tuple[int, int, int], BeforeValidator(_per_axis)]
 Levels = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1), BeforeValidator(_as_levels)]
 Channels = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
-
-
-class SourceConfig(Base):
-    """Where scans come from; a plain string is short for `path`."""
-
-    path: str = Field(description="a manifest (CSV, TSV, Parquet), a folder, a glob, one file or a BIDS dataset")
-    where: dict[str, str] = Field({}, description="keep the manifest's rows whose columns equal these values")
-    label_column: str | None = Field(None, description="the manifest's column with label files, if not `label`")
-
-
-Source = Annotated[SourceConfig, BeforeValidator(_as_source)]
-
-
-class DataConfig(Base):
-    """The scans."""
-
-    labelled: Source = Field(description="the scan (or scans) with a mask; all that is learned starts here")
-    unlabelled: Source | None = Field(None, description="the cohort to label; masks in it only judge, never train")
-    test: Source | None = Field(None, description="scans with masks on which every round is judged")
 
 
 class GridConfig(Base):
