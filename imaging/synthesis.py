@@ -28,14 +28,14 @@ class Params:
     """Everything drawn for one image.
 
     paint : None for a real one; cut_mm : where a head is stripped, or None
-    classes : (256,) int8 of `class_table`, how the scan's probability is read; None: the label is hard
+    target : (*size) int8 of `read_probability`, which stands for the scan's own target; None: that
     """
 
     deformation: deform.Deformation
     paint: Paint | None
     cut_mm: float | None
     appearance: augment.Appearance
-    classes: np.ndarray | None = None
+    target: np.ndarray | None = None
 
 
 def sample_params(
@@ -89,14 +89,12 @@ def in_torch(
 ) -> tuple[Tensor, Tensor]:
     """One training pair on a device: image (*size) float32 in [0, 1], label (*size) int8 with IGNORE."""
     size = scan.levels.shape
-    levels, target, distance_mm, probability = _on_device(scan, device)
+    levels, target, distance_mm = _on_device(scan, device)
+    if params.target is not None:
+        target = torch.from_numpy(params.target).to(device, non_blocking=True)
     place = deform.coordinates(params.deformation, size=size, spacing_mm=spacing_mm, device=device)
     index, inside = deform.nearest(place, size=size)
-    if params.classes is None or probability is None:
-        target = target.flatten().index_select(0, index).mul_(inside)
-    else:
-        classes = torch.from_numpy(params.classes).to(device, non_blocking=True)
-        target = classes.index_select(0, probability.flatten().index_select(0, index).int()).mul_(inside)
+    target = target.flatten().index_select(0, index).mul_(inside)
     if params.paint is None:
         image = deform.linear(levels.float().div_(LEVELS - 1), place)
     else:
@@ -122,7 +120,10 @@ def paint(levels: Tensor, target: Tensor, params: Paint, /) -> Tensor:
 
 def _compiled(scan: BinnedScan, params: Params, spacing_mm: deform.Spacing) -> tuple[Tensor, Tensor]:
     size, look = scan.levels.shape, params.appearance
-    target = _target(scan, params.classes)
+    target = scan.target
+    if params.target is not None:
+        target = params.target.view()
+        target.setflags(write=scan.target.flags.writeable)  # or the kernel would be compiled once more
     image, label = np.empty(size, np.float32), np.empty(size, np.int8)
     where = _splines(deform.control_points(params.deformation, size=size, spacing_mm=spacing_mm), size)
     mean, spread, seed = np.empty(0, np.float32), np.empty(0, np.float32), 0
@@ -142,15 +143,6 @@ def _compiled(scan: BinnedScan, params: Params, spacing_mm: deform.Spacing) -> t
     result = np.empty(size, np.uint8)
     kernels.finish(image, *noise, box, low.item(), scale.item(), result, label)
     return torch.from_numpy(result), torch.from_numpy(label).clamp_(min=IGNORE)
-
-
-def _target(scan: BinnedScan, classes: np.ndarray | None) -> np.ndarray:
-    """The class of every voxel, read from the scan's probability if there is a way to read it."""
-    if classes is None or scan.probability is None:
-        return scan.target
-    target: np.ndarray = classes[scan.probability]
-    target.setflags(write=scan.target.flags.writeable)  # or the kernel would be compiled once more
-    return target
 
 
 def _splines(control: Tensor, size: deform.Size) -> tuple[np.ndarray, kernels.Bases]:
@@ -174,10 +166,9 @@ def _sample_paint(scan: BinnedScan, config: SynthesisConfig, generator: torch.Ge
 
 
 @lru_cache(maxsize=64)
-def _on_device(scan: BinnedScan, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Levels, classes, distances and probability of a scan, kept on the device from sample to sample."""
-    parts = (scan.levels, scan.target, scan.distance_mm, scan.probability)
+def _on_device(scan: BinnedScan, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Levels, classes and distances of a scan, kept on the device from sample to sample."""
     # Arrays that come through shared memory are read-only, and torch wants to own what it wraps.
-    arrays = [np.require(part, requirements=["C", "W"]) for part in parts if part is not None]
-    levels, target, distance_mm, *probability = (torch.from_numpy(array).to(device) for array in arrays)
-    return levels, target, distance_mm, probability[0] if probability else None
+    arrays = [np.require(part, requirements=["C", "W"]) for part in (scan.levels, scan.target, scan.distance_mm)]
+    levels, target, distance_mm = (torch.from_numpy(array).to(device) for array in arrays)
+    return levels, target, distance_mm

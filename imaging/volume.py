@@ -26,6 +26,7 @@ from scipy import ndimage
 
 from onelabel.errors import DataError
 from onelabel.imaging import files
+from onelabel.imaging.labels import IGNORE
 from onelabel.imaging.resample import resample
 
 log = logging.getLogger(__name__)
@@ -220,16 +221,18 @@ def conform(volume: Volume, grid: Grid, /, *, labels: bool = False) -> Volume:
 def conform_mask(volume: Volume, grid: Grid, /) -> Volume:
     """Resample labels onto a network's grid by the share that each class has in a voxel.
 
-    A voxel gets the label with the largest share, background included; for a mask that is a share of one half.
+    A voxel gets the label with the largest share, background included; for a mask that is a share of one half. What is
+    not annotated (IGNORE) weighs so little that lines of one voxel outlive larger voxels.
     """
     volume = reorient(volume)
     affine = _grid_affine(volume, grid)
-    best = np.zeros(grid.size, volume.data.dtype)
-    best_share = np.zeros(grid.size, np.float32)
+    best, best_share = np.zeros(grid.size, volume.data.dtype), np.zeros(grid.size, np.float32)
     background = np.ones(grid.size, np.float32)
+    unknown = 0.5 * np.minimum(1, volume.spacing_mm / np.array(grid.spacing_mm)).prod(dtype=np.float32)
     for label in np.unique(volume.data[volume.data != 0]):
         share = resample(volume.data == label, volume.affine, affine, grid.size, antialias=True)
         background -= share
+        share = share * unknown if label == IGNORE else share
         larger = share > best_share
         best[larger] = label
         best_share[larger] = share[larger]

@@ -8,8 +8,9 @@ from typing import Any
 
 import yaml
 
+from onelabel.configs.data import Source
 from onelabel.configs.load import dump
-from onelabel.configs.schema import OracleRankerConfig, RunConfig, Source, StageConfig
+from onelabel.configs.schema import OracleRankerConfig, RunConfig, StageConfig
 from onelabel.configs.selection import TopKConfig
 from onelabel.errors import ClusterError, ConfigError, DataError, OnelabelError
 from onelabel.imaging import volume
@@ -89,9 +90,10 @@ def _check_stage(stage: StageConfig) -> None:
 def needs(config: RunConfig, cohorts: Cohorts, /) -> dict[str, float]:
     """Bytes of a synthesis actor, and of a train worker's samples in flight and scans in the object store."""
     voxels = math.prod(config.grid.size)
+    structures = len(config.data.names) - 1
     pool = len(cohorts.unlabelled) if cohorts.unlabelled else 0
     selected = (
-        stage.select.most(pool, number) * streams.scan_bytes(voxels, probability=stage.pseudo is not None)
+        stage.select.most(pool, number) * streams.scan_bytes(voxels, probabilities=structures if stage.pseudo else 0)
         for stage in config.stages
         if stage.ranker
         for number in range(stage.rounds)

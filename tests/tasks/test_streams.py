@@ -128,7 +128,7 @@ def labels(graded: list[Any], config: RunConfig, count: int, **how: Any) -> np.n
 
 @pytest.mark.parametrize("kind", ["real", "synthetic"])
 def test_soft_labels_are_the_probability_in_the_mean(graded: list[Any], config: RunConfig, kind: str) -> None:
-    share = ray.get(graded[0]).probability / 255
+    share = ray.get(graded[0]).probability[0] / 255
     drawn = labels(graded, config, 400, type=kind, soft=True)
     assert set(np.unique(drawn)) == {0, 1}
     # Five standard errors; all voxels of a sample share its threshold.
@@ -141,7 +141,7 @@ def test_soft_labels_are_the_probability_in_the_mean(graded: list[Any], config: 
 @pytest.mark.parametrize("kind", ["real", "synthetic"])
 def test_ignored_voxels_and_they_alone_are_unknown(graded: list[Any], config: RunConfig, kind: str) -> None:
     scan = ray.get(graded[0])
-    share = scan.probability / 255
+    share = scan.probability[0] / 255
     drawn = labels(graded, config, 3, type=kind, ignore=(0.2, 0.8))
     between = (share > 0.2) & (share < 0.8)
     assert between.any()
@@ -153,9 +153,9 @@ def test_ignored_voxels_and_they_alone_are_unknown(graded: list[Any], config: Ru
 
 def test_a_scan_takes_the_memory_that_is_declared(graded: list[Any], prepared: list[Any], config: RunConfig) -> None:
     voxels = config.grid.size[0] ** 3
-    for scan, probability in ((graded[0], True), (prepared[0], False)):
+    for scan, probabilities in ((graded[0], 1), (prepared[0], 0)):
         held = len(pickle.dumps(ray.get(scan), protocol=5))
-        assert 0 <= held - streams.scan_bytes(voxels, probability=probability) < 10_000
+        assert 0 <= held - streams.scan_bytes(voxels, probabilities=probabilities) < 10_000
 
 
 def test_a_scan_that_cannot_be_prepared_is_named(ray_cluster: None, heads: Cohort, config: RunConfig) -> None:
