@@ -70,7 +70,9 @@ class Classes:
 
     def write(self, target: NDArray[Any], /) -> NDArray[Any]:
         """The values (*size) that stand for classes (*size) in a file, in the smallest unsigned type."""
-        table = np.array([values[0] for values in self.values] if self.values else [0, 1])
+        if not self.values:
+            return target.astype(np.uint8, copy=False)
+        table = np.array([values[0] for values in self.values])
         written: NDArray[Any] = table.astype(np.min_scalar_type(table.max()))[target]
         return written
 

@@ -94,8 +94,7 @@ def read_probability(
     ----------
     probability : (structures, *size) uint8, 255 for 1
     threshold : the class is the last one that, with all after it, is more probable than this; over all thresholds from
-        0 to 1 a voxel has each class as often as is probable. None: the likeliest structure, where all together exceed
-        one half
+        0 to 1 a voxel has each class as often as is probable. None: the likeliest class
     ignore : where the structures together are more probable than the first of these, and none as much as the second,
         the class is given as its complement (-1, -2, ...): it is painted as its class, but its label is IGNORE
 
@@ -107,11 +106,11 @@ def read_probability(
     if threshold is not None:
         tails = np.cumsum(probability[::-1], axis=0, dtype=np.int32)
         return (ranks > threshold)[tails].sum(0, dtype=np.int8)
-    total = probability.sum(0, dtype=np.int32)
-    classes = np.where(total > HALF, probability.argmax(0) + 1, 0).astype(np.int8)
+    total, most = probability.sum(0, dtype=np.int32), probability.max(0)
+    classes = np.where(most > LEVELS - 1 - total, probability.argmax(0) + 1, 0).astype(np.int8)
     if ignore is None:
         return classes
-    unknown = (ranks > ignore[0])[total] & (ranks < ignore[1])[probability.max(0)]
+    unknown = (ranks > ignore[0])[total] & (ranks < ignore[1])[most]
     return np.where(unknown, ~classes, classes)
 
 

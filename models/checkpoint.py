@@ -29,7 +29,8 @@ _META = "meta.json"
 class Meta:
     """What a checkpoint is: enough to build its network and to know where it came from.
 
-    network : config of the network; grid : spacing_mm and size; classes : names by index
+    network : config of the network; grid : spacing_mm and size
+    classes : names by index; labels : how files write them, the other fields of `imaging.classes.Classes`
     """
 
     network: dict[str, Any]
@@ -41,6 +42,7 @@ class Meta:
     classes: tuple[str, ...] = ("background", "foreground")
     versions: dict[str, str] = field(default_factory=dict)
     git: str = ""
+    labels: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # JSON knows lists alone.
