@@ -15,7 +15,7 @@ from onelabel.configs.augmentation import DeformConfig, SynthesisConfig
 from onelabel.configs.schema import GridConfig, RunConfig
 from onelabel.configs.streams import StreamConfig
 from onelabel.errors import DataError
-from onelabel.imaging.labels import IGNORE
+from onelabel.imaging.labels import IGNORE, bin_scan
 from onelabel.tasks import streams
 from onelabel.tasks.cohort import PROBABILITY, Cohort
 from onelabel.tasks.streams import Stream, SynthPool
@@ -162,3 +162,36 @@ def test_a_scan_that_cannot_be_prepared_is_named(ray_cluster: None, heads: Cohor
     table = heads.table.set_column(1, "image", [["/nowhere.nii.gz"] * len(heads)])
     with pytest.raises(DataError, match="head0.*nowhere"):
         streams.prepare(Cohort(table), config)
+
+
+@pytest.mark.parametrize("kind", ["real", "synthetic"])
+def test_samples_hold_every_class(config: RunConfig, kind: str) -> None:
+    place = np.indices((32, 32, 32)) - 15.5
+    target = np.where(np.sqrt((place**2).sum(0)) < 11, 1 + (place[0] > 0) + (place[1] > 0), 0)
+    noise = np.random.default_rng(0).random(target.shape, np.float32)
+    image = (0.2 * target + 0.2 * noise).astype(np.float32)
+    scan = bin_scan(image, target, spacing_mm=config.grid.spacing_mm, config=config.synthesis.bins, classes=4)
+    parts = (StreamConfig.model_validate({"type": kind, "deform": STILL}),)
+    built = streams.build(parts, config, scans={"labelled": ([scan], [1.0])}, seed=0)
+    for index in range(4):
+        image, label, _ = streams.draw(built, index)
+        seen = label == target  # but for what is out of view
+        assert np.array_equal(label[~seen], np.zeros_like(label[~seen]))
+        assert set(np.unique(label)) == {0, 1, 2, 3}
+        assert len(np.unique(image)) > 4
+
+
+def test_scribbles_stay_unknown_around_and_are_never_cut_away(config: RunConfig) -> None:
+    target = np.full((32, 32, 32), IGNORE)
+    target[4], target[16, 10:20, 16], target[16, 10:20, 20] = 0, 1, 2
+    image = np.random.default_rng(0).random(target.shape, np.float32) / 2 + 0.5
+    scan = bin_scan(image, target, spacing_mm=config.grid.spacing_mm, config=config.synthesis.bins, classes=3)
+    settings = config.synthesis.model_dump() | {"strip": {"probability": 1, "border_mm": (0, 0)}}
+    settings["augment"] = {name: effect | {"probability": 0} for name, effect in settings["augment"].items()}
+    still = config.model_copy(update={"synthesis": SynthesisConfig.model_validate(settings)})
+    built = streams.build(
+        (StreamConfig(type="real", deform=STILL),), still, scans={"labelled": ([scan], [1.0])}, seed=0
+    )
+    found, label, _ = streams.draw(built, 0)
+    assert np.array_equal(label, target)
+    assert found[target != 0].min() > 0 and not found[target == 0].any()
