@@ -50,7 +50,7 @@ class UNetConfig(Base):
     patch: int = Field(2, ge=1, description="stride of the stem: features live on a grid this much coarser")
     norm: Literal["batch", "instance", "group", "none"] = Field("instance", description="normalisation of features")
     dropout: Probability = Field(0.0, description="channel dropout at the two coarsest levels")
-    classes: int = Field(2, ge=2, description="output classes, background included")
+    classes: int = Field(2, ge=2, description="output classes, background included; of a run those of `data.classes`")
 
     @model_validator(mode="after")
     def _one_a_level(self) -> Self:
@@ -78,7 +78,7 @@ class AutoencoderNetworkConfig(Base):
     width: int = Field(32, ge=1, description="feature channels of the outer blocks")
     latent: int = Field(100, ge=1, description="channels of the latent")
     dropout: Probability = Field(0.5, description="dropout after every block")
-    classes: int = Field(2, ge=2, description="mask classes, background included")
+    classes: int = Field(2, ge=2, description="mask classes, background included; of a run those of `data.classes`")
 
     @property
     def edge(self) -> int:
@@ -308,6 +308,11 @@ class RunConfig(Base):
     compute: ComputeConfig = Field(ComputeConfig(), description="machines")
     tracking: TrackingConfig = Field(TrackingConfig(), description="MLflow")
 
+    @property
+    def segmenter(self) -> UNetConfig:
+        """The segmentation network, with an output for each class."""
+        return self.network.model_copy(update={"classes": len(self.data.names)})
+
     @model_validator(mode="after")
     def _seen(self) -> Self:
         for one in (one for stage in self.stages for one in single_rankers(stage.ranker)):
@@ -328,7 +333,7 @@ class RunConfig(Base):
                 f"grid.size {self.grid.size} leaves one voxel to normalise: some axis must exceed {divisor}"
             )
         bins = self.synthesis.bins
-        labels = 1 + bins.background[1] + bins.foreground[1] * (self.network.classes - 1)
+        labels = 1 + bins.background[1] + bins.foreground[1] * (len(self.data.names) - 1)
         if labels > MOST_LABELS:
             raise ValueError(f"synthesis.bins make up to {labels} labels, more than {MOST_LABELS}; ask for fewer bins")
         names = [stage.name for stage in self.stages]
