@@ -83,7 +83,8 @@ def _kind(annotation: Any) -> str:
     if origin is typing.Literal:
         return " or ".join(f"`{part}`" for part in parts)
     if origin is tuple and parts[-1] is Ellipsis:
-        return f"list of {_kind(parts[0])}{'' if models_in(parts[0]) else 's'}"
+        kind = _kind(parts[0])
+        return f"list of {kind}{'' if models_in(parts[0]) or ',' in kind else 's'}"
     if origin is tuple:
         kind = _kind(parts[0])
         return f"range of {kind}s" if len(parts) == 2 else f"{kind}, or {len(parts)} of them"

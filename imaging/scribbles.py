@@ -56,7 +56,7 @@ def skeleton(planes: NDArray[np.bool_], /) -> NDArray[np.bool_]:
     """
     kept = np.pad(planes, ((0, 0), (1, 1), (1, 1)))
     before = -1
-    while (count := np.count_nonzero(kept)) != before:
+    while (count := int(np.count_nonzero(kept))) != before:
         before = count
         for first, second in (((0, 2, 4), (2, 4, 6)), ((0, 2, 6), (0, 4, 6))):
             ring = [np.roll(kept, (-row, -column), (1, 2)) for row, column in _AROUND]
