@@ -10,12 +10,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from onelabel.configs.schema import UNetConfig
 from onelabel.imaging import edges, volume
 from onelabel.imaging.classes import Classes
 from onelabel.imaging.prepare import image_on_grid
 from onelabel.imaging.volume import Grid, Volume
 from onelabel.models.checkpoint import load_segmenter
 from onelabel.models.precision import use_bf16
+from onelabel.models.windows import slide
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Predictor:
         self.network.to(self.device)
         self.bf16 = use_bf16(precision, self.device)
         self.classes = Classes(self.meta.classes, **self.meta.labels)
+        self.window = self._window()
         self.grid = Grid(tuple(self.meta.grid["spacing_mm"]), tuple(self.meta.grid["size"]))
 
     def __call__(self, scan: Volume, /) -> Prediction:
@@ -59,9 +62,17 @@ class Predictor:
         dropout : features are dropped as in training
         """
         _set_dropout(self.network, dropout)
+        return slide(self._seen_at_once, image, self.window)
+
+    def _seen_at_once(self, image: Tensor) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             logits: Tensor = self.network(image)
         return logits.float().softmax(1)
+
+    def _window(self) -> tuple[int, ...]:
+        """Voxels of a window; a network over slices sees all of them, one by one."""
+        axes, size = UNetConfig.model_validate(self.meta.network).axes, self.meta.grid["size"]
+        return tuple(n if axis in axes else size[axis] for axis, n in enumerate(self.meta.window))
 
 
 def _set_dropout(network: nn.Module, on: bool) -> None:

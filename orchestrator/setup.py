@@ -140,9 +140,10 @@ def needs(config: RunConfig, cohorts: Cohorts, /) -> dict[str, float]:
         for number in range(stage.rounds)
     )
     scans = len(cohorts.labelled) * streams.scan_bytes(voxels) + max(selected, default=0)
+    seen = math.prod(config.grid.window)
     flying = max(max(config.compute.ahead, stage.learner.batch) for stage in config.stages)
-    store = flying * streams.sample_bytes(voxels) + scans
-    return {"actor_bytes": streams.actor_bytes(voxels), "store_bytes": store}
+    store = flying * streams.sample_bytes(seen) + scans
+    return {"actor_bytes": streams.actor_bytes(seen), "store_bytes": store}
 
 
 def open_folder(config: RunConfig, /) -> Path:

@@ -76,13 +76,18 @@ class Ingredient:
 
 @dataclass(frozen=True)
 class Stream:
-    """What a learner reads under one name."""
+    """What a learner reads under one name.
+
+    voxels : of a sample; patch, balance : as in GridConfig
+    """
 
     ingredients: tuple[Ingredient, ...]
     synthesis: SynthesisConfig
     spacing_mm: tuple[float, float, float]
     voxels: int
     seed: int
+    patch: tuple[int, int, int] | None = None
+    balance: float = 0.0
 
 
 def fetch(scan: Any, /) -> BinnedScan:
@@ -112,12 +117,31 @@ def draw(stream: Stream, index: int, /, *, device: str = "cpu", fetch: Callable[
         stream.synthesis,
         spacing_mm=stream.spacing_mm,
         real=ingredient.type == "real",
+        patch=_patch(scan, stream, generator) if stream.patch else None,
         deform_config=ingredient.deform,
         generator=generator,
     )
     params = replace(params, target=_target(scan, ingredient, generator))
     image, label = synthesis.synthesise(scan, params, spacing_mm=stream.spacing_mm, device=device)
     return image.cpu().numpy(), label.cpu().numpy(), ingredient.weights[place]
+
+
+def _patch(scan: BinnedScan, stream: Stream, generator: torch.Generator) -> Any:
+    """A part of a scan: around a voxel of some structure, or anywhere."""
+    from onelabel.imaging.synthesis import Patch
+
+    size, whole = stream.patch, scan.target.shape
+    assert size
+    if random.uniform(0, 1, generator) < stream.balance:
+        wanted = random.integer(1, len(scan.tables) - 1, generator)
+        places = np.flatnonzero(scan.target == wanted)
+        places = places if places.size else np.flatnonzero(scan.target > 0)
+        voxel = np.unravel_index(places[random.integer(0, len(places) - 1, generator)], whole)
+        first = [min(max(int(v) - n // 2, 0), m - n) for v, n, m in zip(voxel, size, whole, strict=True)]
+    else:
+        first = [random.integer(0, m - n, generator) for n, m in zip(size, whole, strict=True)]
+    x, y, z = (start + (n - 1) / 2 for start, n in zip(first, size, strict=True))
+    return Patch(size, (x, y, z))
 
 
 def _target(scan: BinnedScan, ingredient: Ingredient, generator: torch.Generator) -> np.ndarray | None:
@@ -246,4 +270,8 @@ def build(
         Ingredient(s.type, s.share, tuple(scans[s.of][0]), tuple(scans[s.of][1]), s.deform, s.soft, s.ignore)
         for s in streams
     ]
-    return Stream(tuple(ingredients), config.synthesis, config.grid.spacing_mm, math.prod(config.grid.size), seed)
+    grid, masks = config.grid, any(s.type == "mask" for s in streams)
+    voxels = math.prod(grid.size if masks else grid.window)
+    return Stream(
+        tuple(ingredients), config.synthesis, grid.spacing_mm, voxels, seed, patch=grid.patch, balance=grid.balance
+    )

@@ -188,6 +188,27 @@ def test_masks_hold_the_values_of_the_labelled_scans(tmp_path: Path) -> None:
     assert set(np.unique(found)) <= {0, 40, 7, 300}
 
 
+def test_windows_find_what_the_whole_shows(bright: Predictor, tmp_path: Path) -> None:
+    scan = scan_of(np.eye(3))
+    meta = replace(bright.meta, grid=bright.meta.grid | {"patch": [16, 12, 8], "balance": 0.5})
+    checkpoint.save(tmp_path / "c", bright.network, meta)
+    sliding = Predictor(tmp_path / "c", precision="float32")
+    assert sliding.window == (16, 12, 8) and bright.window == (24, 28, 24)
+    one, other = bright(scan), sliding(scan)
+    assert torch.allclose(one.probability, other.probability, atol=1e-5)
+    assert np.array_equal(one.mask.data, other.mask.data)
+
+
+def test_a_network_over_slices_sees_them_all(tmp_path: Path) -> None:
+    config = UNetConfig(dims=2, channels=(4, 4), patch=1, across=0)
+    grid = {"spacing_mm": [9.0, 2.0, 2.0], "size": [11, 16, 16], "patch": [4, 16, 16]}
+    checkpoint.save(tmp_path / "c", UNet(config), Meta(config.model_dump(mode="json"), "supervised", grid, 0, 0, ""))
+    predictor = Predictor(tmp_path / "c", precision="float32")
+    assert predictor.window == (11, 16, 16)
+    image = torch.rand(1, 1, 11, 16, 16)
+    assert torch.allclose(predictor.probability(image)[:, :, 3:4], predictor.probability(image[:, :, 3:4]), atol=1e-5)
+
+
 @pytest.mark.parametrize("value", [0, 1])
 def test_cleaning_nothing_or_everything(value: int) -> None:
     mask = np.full((6, 7, 8), value, np.uint8)

@@ -195,3 +195,26 @@ def test_scribbles_stay_unknown_around_and_are_never_cut_away(config: RunConfig)
     found, label, _ = streams.draw(built, 0)
     assert np.array_equal(label, target)
     assert found[target != 0].min() > 0 and not found[target == 0].any()
+
+
+def test_patches_show_structures_as_often_as_is_asked(config: RunConfig) -> None:
+    target = np.zeros((32, 32, 32), np.int64)
+    target[2:5, 2:5, 2:5], target[20:30, 20:30, 20:30] = 1, 2
+    image = np.random.default_rng(0).random(target.shape, np.float32)
+    scan = bin_scan(image, target, spacing_mm=config.grid.spacing_mm, config=config.synthesis.bins, classes=3)
+    parts = (StreamConfig(type="real", deform=STILL),)
+    shares = {}
+    for balance in (0.0, 1.0):
+        grid = config.grid.model_copy(update={"patch": (8, 12, 8), "balance": balance})
+        small = config.model_copy(update={"grid": grid})
+        built = streams.build(parts, small, scans={"labelled": ([scan], [1.0])}, seed=0)
+        assert built.voxels == 8 * 12 * 8
+        drawn = [streams.draw(built, index) for index in range(100)]
+        assert all(image.shape == label.shape == (8, 12, 8) for image, label, _ in drawn)
+        shares[balance] = [np.mean([(label == index).any() for _, label, _ in drawn]) for index in (1, 2)]
+        masks = streams.build(
+            (StreamConfig(type="mask", deform=STILL),), small, scans={"labelled": ([scan], [1.0])}, seed=0
+        )
+        assert np.array_equal(streams.draw(masks, 0)[1], target) and masks.voxels == 32**3
+    assert shares[0.0][0] < 0.2  # a small structure in a corner
+    assert min(shares[1.0]) > 0.3
