@@ -21,7 +21,8 @@ def scribble(
 ) -> NDArray[np.int32]:
     """Of each class a line of one voxel, slice by slice, as an annotator might draw it.
 
-    A structure's line is its skeleton, that of the background runs around all structures.
+    A structure's line is its skeleton, and where that is hardly more than a point a loop around it, too; the
+    background's line runs around all structures.
 
     Parameters
     ----------
@@ -37,14 +38,23 @@ def scribble(
     slices = np.moveaxis(target, across, 0)
     pixel_mm = [step for axis, step in enumerate(spacing_mm) if axis != across]
     lines = np.full(slices.shape, IGNORE, np.int32)
-    for index in range(1, int(target.max()) + 1):
-        lines[skeleton(slices == index)] = index
     for plane, line in zip(slices, lines, strict=True):
+        for index in np.unique(plane[plane > 0]):
+            line[_line(plane == index)] = index
         if (plane > 0).any():
             away_mm = distance_transform_edt(plane <= 0, sampling=pixel_mm)
             ring = (away_mm >= ring_mm[0]) & (away_mm <= ring_mm[1]) & (plane == 0)
             line[skeleton(ring[None])[0]] = 0
     return np.moveaxis(lines, 0, across)
+
+
+def _line(structure: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """The line of a structure (rows, columns)."""
+    line = skeleton(structure[None])[0]
+    if np.count_nonzero(line) ** 2 < np.count_nonzero(structure):
+        depth = distance_transform_edt(structure)
+        line |= skeleton((structure & (depth <= depth.max() / 2))[None])[0]
+    return line
 
 
 def skeleton(planes: NDArray[np.bool_], /) -> NDArray[np.bool_]:

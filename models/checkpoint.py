@@ -45,10 +45,10 @@ class Meta:
     labels: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def window(self) -> tuple[int, int, int]:
-        """Voxels that the network has learned to see at once."""
-        x, y, z = self.grid.get("patch") or self.grid["size"]  # early checkpoints know no patch
-        return x, y, z
+    def patch(self) -> tuple[int, ...] | None:
+        """Voxels of the patches that the network learned from, if not from whole grids."""
+        known = self.grid.get("patch")  # early checkpoints have none
+        return tuple(known) if known else None
 
     def __post_init__(self) -> None:
         # JSON knows lists alone.
@@ -98,7 +98,7 @@ def _check_grid(path: Path, meta: Meta) -> None:
     """The grid must be one that the network can work on."""
     try:
         size, spacing_mm = tuple(meta.grid["size"]), tuple(meta.grid["spacing_mm"])
-        window = meta.window
+        window = meta.patch or size
         divisors = UNetConfig.model_validate(meta.network).divisors
         sound = len(size) == len(spacing_mm) == 3 and min(spacing_mm) > 0 and min(size) > 0
         sound = sound and not any(n % divisor for n, divisor in zip(window, divisors, strict=True))

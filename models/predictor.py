@@ -62,17 +62,19 @@ class Predictor:
         dropout : features are dropped as in training
         """
         _set_dropout(self.network, dropout)
-        return slide(self._seen_at_once, image, self.window)
+        return slide(self._seen_at_once, image, self.window or image.shape[2:])
 
     def _seen_at_once(self, image: Tensor) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             logits: Tensor = self.network(image)
         return logits.float().softmax(1)
 
-    def _window(self) -> tuple[int, ...]:
-        """Voxels of a window; a network over slices sees all of them, one by one."""
+    def _window(self) -> tuple[int, ...] | None:
+        """Voxels of a window, if it learned from patches; a network over slices sees all of them, one by one."""
+        if not self.meta.patch:
+            return None
         axes, size = UNetConfig.model_validate(self.meta.network).axes, self.meta.grid["size"]
-        return tuple(n if axis in axes else size[axis] for axis, n in enumerate(self.meta.window))
+        return tuple(n if axis in axes else size[axis] for axis, n in enumerate(self.meta.patch))
 
 
 def _set_dropout(network: nn.Module, on: bool) -> None:

@@ -18,14 +18,15 @@ def slide(predict: Callable[[Tensor], Tensor], image: Tensor, window: Sequence[i
     ----------
     predict : images (B, 1, *window) to probabilities (B, classes, *window)
     image : (B, 1, *size)
-    window : (3,), at most `size`
+    window : (3,), cut to `size`
 
     Returns
     -------
     (B, classes, *size) float32
     """
     size = image.shape[2:]
-    if tuple(window) == tuple(size):
+    window = tuple(map(min, window, size))
+    if window == tuple(size):
         return predict(image)
     weight = _weight(window, image.device)
     total, weights = torch.zeros(0), torch.zeros(size, device=image.device)

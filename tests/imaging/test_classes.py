@@ -101,6 +101,8 @@ def test_lines_of_one_voxel_outlive_any_grid(step: float) -> None:
     line[:, 5, 18] = 0
     grid = Grid((step,) * 3, (round(size / step),) * 3)
     found = conform_mask(Volume(line, np.eye(4)), grid).data
+    wide = conform_mask(Volume(line, np.eye(4)), Grid((step,) * 3, (round(60 / step),) * 3)).data
+    assert all((wide.take(end, axis) == IGNORE).all() for axis in range(3) for end in (0, -1))  # out of view
     place = (np.indices(grid.size) + 0.5).reshape(3, -1).T * step
     for value, y in ((0, 5.5), (1, 12.5), (2, 25.5)):
         near = place[(found == value).ravel()]

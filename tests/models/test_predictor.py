@@ -193,7 +193,7 @@ def test_windows_find_what_the_whole_shows(bright: Predictor, tmp_path: Path) ->
     meta = replace(bright.meta, grid=bright.meta.grid | {"patch": [16, 12, 8], "balance": 0.5})
     checkpoint.save(tmp_path / "c", bright.network, meta)
     sliding = Predictor(tmp_path / "c", precision="float32")
-    assert sliding.window == (16, 12, 8) and bright.window == (24, 28, 24)
+    assert sliding.window == (16, 12, 8) and bright.window is None
     one, other = bright(scan), sliding(scan)
     assert torch.allclose(one.probability, other.probability, atol=1e-5)
     assert np.array_equal(one.mask.data, other.mask.data)
@@ -207,6 +207,7 @@ def test_a_network_over_slices_sees_them_all(tmp_path: Path) -> None:
     assert predictor.window == (11, 16, 16)
     image = torch.rand(1, 1, 11, 16, 16)
     assert torch.allclose(predictor.probability(image)[:, :, 3:4], predictor.probability(image[:, :, 3:4]), atol=1e-5)
+    assert torch.equal(predictor.probability(image), predictor.network(image).softmax(1))
 
 
 @pytest.mark.parametrize("value", [0, 1])
