@@ -9,12 +9,13 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from onelabel.configs.data import SourceConfig
 from onelabel.configs.load import models_in
-from onelabel.configs.schema import RunConfig, SourceConfig
+from onelabel.configs.schema import RunConfig
 
 _HEAD = """# Configuration
 
-<!-- Written by `make docs` from configs/schema.py, streams.py, selection.py and augmentation.py; edit those. -->
+<!-- Written by `make docs` from the classes in configs/; edit those. -->
 
 A run is described by YAML files or presets, stacked from left to right, and `key=value` overrides; later ones win.
 
@@ -82,7 +83,8 @@ def _kind(annotation: Any) -> str:
     if origin is typing.Literal:
         return " or ".join(f"`{part}`" for part in parts)
     if origin is tuple and parts[-1] is Ellipsis:
-        return f"list of {_kind(parts[0])}{'' if models_in(parts[0]) else 's'}"
+        kind = _kind(parts[0])
+        return f"list of {kind}{'' if models_in(parts[0]) or ',' in kind else 's'}"
     if origin is tuple:
         kind = _kind(parts[0])
         return f"range of {kind}s" if len(parts) == 2 else f"{kind}, or {len(parts)} of them"

@@ -9,7 +9,8 @@ from typing import Any, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from onelabel.configs.schema import RunConfig, SourceConfig
+from onelabel.configs.data import SourceConfig
+from onelabel.configs.schema import RunConfig
 from onelabel.errors import ConfigError
 
 PRESETS = Path(__file__).parent

@@ -1,20 +1,20 @@
 """Every setting, its default and its rule. This page is the one home of defaults."""
 
+import math
 from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
 from onelabel.configs.augmentation import Base, DeformConfig, SynthesisConfig
+from onelabel.configs.compute import ComputeConfig as ComputeConfig
+from onelabel.configs.compute import TrackingConfig as TrackingConfig
+from onelabel.configs.data import DataConfig
 from onelabel.configs.selection import SelectConfig, ThresholdConfig, TopKConfig
 from onelabel.configs.streams import Ingredients, PseudoLabelConfig, StreamConfig, ViewsConfig
 
 
 def _per_axis(value: object) -> object:
     return (value,) * 3 if isinstance(value, int | float) else value
-
-
-def _as_source(value: object) -> object:
-    return {"path": value} if isinstance(value, str) else value
 
 
 def _as_levels(value: object) -> object:
@@ -26,27 +26,9 @@ MOST_LABELS = 255
 Spacing = Annotated[tuple[float, float, float], BeforeValidator(_per_axis)]
 Size = Annotated[tuple[int, int, int], BeforeValidator(_per_axis)]
 Levels = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1), BeforeValidator(_as_levels)]
+Factors = Annotated[tuple[PositiveInt, PositiveInt, PositiveInt], BeforeValidator(_per_axis)]
 Channels = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
-
-
-class SourceConfig(Base):
-    """Where scans come from; a plain string is short for `path`."""
-
-    path: str = Field(description="a manifest (CSV, TSV, Parquet), a folder, a glob, one file or a BIDS dataset")
-    where: dict[str, str] = Field({}, description="keep the manifest's rows whose columns equal these values")
-    label_column: str | None = Field(None, description="the manifest's column with label files, if not `label`")
-
-
-Source = Annotated[SourceConfig, BeforeValidator(_as_source)]
-
-
-class DataConfig(Base):
-    """The scans."""
-
-    labelled: Source = Field(description="the scan (or scans) with a mask; all that is learned starts here")
-    unlabelled: Source | None = Field(None, description="the cohort to label; masks in it only judge, never train")
-    test: Source | None = Field(None, description="scans with masks on which every round is judged")
 
 
 class GridConfig(Base):
@@ -54,36 +36,92 @@ class GridConfig(Base):
 
     spacing_mm: Spacing = Field((2.0, 2.0, 2.0), description="voxel size in mm, one number or one an axis")
     size: Size = Field((96, 128, 128), description="voxels along left-right, back-front, down-up")
+    patch: Size | None = Field(
+        None, description="voxels that a training sample shows, and a window in prediction; null: the whole grid"
+    )
+    balance: Probability = Field(
+        0.5, description="share of the patches around a voxel of a structure, each as often as the others"
+    )
+
+    @property
+    def window(self) -> tuple[int, int, int]:
+        """Voxels that the network sees at once."""
+        return self.patch or self.size
 
     @model_validator(mode="after")
     def _positive(self) -> Self:
         if min(self.spacing_mm) <= 0 or min(self.size) < 8:
             raise ValueError(f"spacing {self.spacing_mm} must be positive and size {self.size} at least 8 an axis")
+        if min(self.window) < 4 or any(part > whole for part, whole in zip(self.window, self.size, strict=True)):
+            raise ValueError(f"patch {self.patch} must be at least 4 an axis, and at most the size {self.size}")
         return self
 
 
 class UNetConfig(Base):
-    """A U-Net with nearest upsampling, skip connections and an optional strided stem."""
+    """A U-Net with nearest upsampling, skip connections and an optional strided stem.
+
+    Where a run leaves `pools` and `across` open, they follow from the spacing of its grid: an axis is pooled while its
+    voxels are less than twice as long as the shortest, and a 2D network works on the slices across the longest.
+    """
 
     type: Literal["unet"] = "unet"
     dims: Literal[2, 3] = Field(3, description="2 for networks over slices, 3 for volumes")
     channels: Channels = Field((16, 32, 64, 64), description="feature channels, finest level first")
     convs: Levels = Field((1,), description="convolutions a level and direction: one number, or one a level")
     patch: int = Field(2, ge=1, description="stride of the stem: features live on a grid this much coarser")
+    pools: Annotated[tuple[Factors, ...], Field(min_length=1)] | None = Field(
+        None, description="strides of the stem, then of each coarser level, by axis; null: of the stem `patch`, then 2"
+    )
+    across: Literal[0, 1, 2] | None = Field(None, description="2D: the axis that runs from slice to slice; null: 2")
     norm: Literal["batch", "instance", "group", "none"] = Field("instance", description="normalisation of features")
     dropout: Probability = Field(0.0, description="channel dropout at the two coarsest levels")
-    classes: int = Field(2, ge=2, description="output classes, background included")
+    classes: int = Field(2, ge=2, description="output classes, background included; of a run those of `data.classes`")
 
     @model_validator(mode="after")
     def _one_a_level(self) -> Self:
         if len(self.convs) not in (1, len(self.channels)):
             raise ValueError(f"convs {self.convs} must be one number, or {len(self.channels)}, as channels are")
+        if self.pools and len(self.pools) != len(self.channels):
+            raise ValueError(f"pools {self.pools} must be {len(self.channels)}, as channels are")
         return self
 
     @property
+    def axes(self) -> tuple[int, ...]:
+        """Those along which it convolves."""
+        across = 2 if self.across is None else self.across
+        return tuple(axis for axis in range(3) if self.dims == 3 or axis != across)
+
+    @property
+    def factors(self) -> tuple[tuple[int, ...], ...]:
+        """By how much the stem, and then each coarser level, makes voxels longer along each of `axes`."""
+        if self.pools:
+            return tuple(tuple(pool[axis] for axis in self.axes) for pool in self.pools)
+        return tuple((factor,) * self.dims for factor in (self.patch, *[2] * (len(self.channels) - 1)))
+
+    @property
+    def divisors(self) -> tuple[int, int, int]:
+        """What each axis of the grid must be a multiple of."""
+        along = dict(zip(self.axes, (math.prod(each) for each in zip(*self.factors, strict=True)), strict=True))
+        return along.get(0, 1), along.get(1, 1), along.get(2, 1)
+
+    @property
     def divisor(self) -> int:
-        """What every axis of the grid must be a multiple of."""
-        return int(self.patch * 2 ** (len(self.channels) - 1))
+        """What suits every axis."""
+        return max(self.divisors)
+
+    def on(self, spacing_mm: tuple[float, float, float], /, *, classes: int) -> Self:
+        """The network for a grid, with an output for each class."""
+        across = max(range(3), key=lambda axis: (spacing_mm[axis], axis)) if self.across is None else self.across
+        fitted = self.model_copy(update={"classes": classes} | ({"across": across} if self.dims == 2 else {}))
+        if self.pools:
+            return fitted
+        pools, step = [], list(spacing_mm)
+        for factor in (self.patch, *[2] * (len(self.channels) - 1)):
+            finest = min(step[axis] for axis in fitted.axes)
+            pools.append(tuple(factor if length < 2 * finest else 1 for length in step))
+            step = [length * by for length, by in zip(step, pools[-1], strict=True)]
+        wanted = fitted.model_copy(update={"pools": tuple(pools)})
+        return fitted if wanted.factors == fitted.factors else wanted
 
 
 class AutoencoderNetworkConfig(Base):
@@ -100,7 +138,7 @@ class AutoencoderNetworkConfig(Base):
     width: int = Field(32, ge=1, description="feature channels of the outer blocks")
     latent: int = Field(100, ge=1, description="channels of the latent")
     dropout: Probability = Field(0.5, description="dropout after every block")
-    classes: int = Field(2, ge=2, description="mask classes, background included")
+    classes: int = Field(2, ge=2, description="mask classes, background included; of a run those of `data.classes`")
 
     @property
     def edge(self) -> int:
@@ -287,35 +325,6 @@ class StageConfig(Base):
         return [s for streams in self.streams.values() for s in streams if s.soft or s.ignore]
 
 
-class ComputeConfig(Base):
-    """Machines, and what each kind of work takes of them."""
-
-    address: str | None = Field(None, description="a Ray cluster to join; null: the one around, else a local one")
-    train_workers: int = Field(1, ge=1, description="data-parallel train workers")
-    gpus_per_worker: float = Field(0, ge=0, description="GPUs a train worker; 0: CPU")
-    cpus_per_worker: float = Field(1, gt=0, description="CPUs a train worker")
-    threads: int | None = Field(None, ge=1, description="threads a train worker; null: as many as its CPUs")
-    synth_actors: int = Field(1, ge=1, description="synthesis actors a train worker")
-    synth_cpus: float = Field(1, gt=0, description="CPUs a synthesis actor; a share where cores are few")
-    synth_gpus: float = Field(0, ge=0, description="share of a GPU a synthesis actor")
-    ahead: int = Field(6, ge=1, description="samples in flight a train worker")
-    score_actors: int = Field(2, ge=1, description="scoring actors")
-    score_gpus: float = Field(0, ge=0, description="share of a GPU a scoring actor")
-    precision: Literal["auto", "bf16", "float32"] = Field("auto", description="auto: bf16 where the hardware has it")
-    compile: bool = Field(False, description="torch.compile the network; takes a minute, and a C++ compiler on a CPU")
-    channels_last: bool = Field(False, description="channels-last memory format in training")
-    checkpoint_every_s: float = Field(120, ge=0, description="seconds between checkpoints in training")
-    wait_s: float = Field(60, ge=0, description="how long to wait for resources that an autoscaler may still add")
-
-
-class TrackingConfig(Base):
-    """MLflow."""
-
-    uri: str | None = Field(None, description="tracking URI; null: sqlite in the folder of the run")
-    experiment: str = Field("onelabel", description="MLflow experiment")
-    every: int = Field(20, ge=1, description="steps between logged losses")
-
-
 class RunConfig(Base):
     """One run."""
 
@@ -330,6 +339,11 @@ class RunConfig(Base):
     compute: ComputeConfig = Field(ComputeConfig(), description="machines")
     tracking: TrackingConfig = Field(TrackingConfig(), description="MLflow")
 
+    @property
+    def segmenter(self) -> UNetConfig:
+        """The segmentation network for the grid, with an output for each class."""
+        return self.network.on(self.grid.spacing_mm, classes=len(self.data.names))
+
     @model_validator(mode="after")
     def _seen(self) -> Self:
         for one in (one for stage in self.stages for one in single_rankers(stage.ranker)):
@@ -342,15 +356,20 @@ class RunConfig(Base):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        divisor = self.network.divisor
-        if any(n % divisor for n in self.grid.size):
-            raise ValueError(f"grid.size {self.grid.size} must be multiples of {divisor} for this network")
-        if all(n == divisor for n in self.grid.size) and self.network.norm in ("batch", "instance"):
+        network, size = self.segmenter, self.grid.window
+        named = "grid.patch" if self.grid.patch else "grid.size"
+        divisors = network.divisors
+        words = str(divisors[0] if len(set(divisors)) == 1 else divisors)
+        if any(n % divisor for n, divisor in zip(size, divisors, strict=True)):
+            raise ValueError(f"{named} {size} must be multiples of {words} for this network")
+        if all(size[axis] == divisors[axis] for axis in network.axes) and network.norm in ("batch", "instance"):
+            raise ValueError(f"{named} {size} leaves one voxel to normalise: some axis must exceed {words}")
+        if self.network.classes not in (UNetConfig().classes, network.classes):
             raise ValueError(
-                f"grid.size {self.grid.size} leaves one voxel to normalise: some axis must exceed {divisor}"
+                f"network.classes {self.network.classes} are not the {network.classes} of data.classes: leave them out"
             )
         bins = self.synthesis.bins
-        labels = 1 + bins.background[1] + bins.foreground[1] * (self.network.classes - 1)
+        labels = 1 + bins.background[1] + bins.foreground[1] * (len(self.data.names) - 1)
         if labels > MOST_LABELS:
             raise ValueError(f"synthesis.bins make up to {labels} labels, more than {MOST_LABELS}; ask for fewer bins")
         names = [stage.name for stage in self.stages]

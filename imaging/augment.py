@@ -101,8 +101,8 @@ def sample(config: AugmentConfig, /, *, size: Size, spacing_mm: Spacing, generat
     return Appearance(bias, spread, moved, lines, gamma, noise, seed, _sample_crop(config.crop, size, generator))
 
 
-def apply(image: Tensor, appearance: Appearance, /) -> Tensor:
-    """Put the effects on an image, (*size) float32 in [0, 1] -> the same; scaled to [0, 1] by `rescale`."""
+def apply(image: Tensor, appearance: Appearance, /, *, whole: bool = True) -> Tensor:
+    """Put the effects on an image, (*size) float32 in [0, 1] -> the same; if it is a whole one, scaled by `rescale`."""
     size = (image.shape[0], image.shape[1], image.shape[2])
     field = (
         1.0
@@ -113,7 +113,8 @@ def apply(image: Tensor, appearance: Appearance, /) -> Tensor:
     if appearance.noise_sd > 0:
         noise = normals(size, appearance.noise_seed, device=image.device)
         image = noise.mul_(appearance.noise_sd).add_(image).abs_()
-    return rescale(crop(image, appearance.crop))
+    image = crop(image, appearance.crop)
+    return rescale(image) if whole else image.clamp_(0, 1)
 
 
 def acquire(image: Tensor, appearance: Appearance, /) -> Tensor:

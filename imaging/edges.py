@@ -1,10 +1,12 @@
 """The edge of a mask: how far each voxel is from it, and moving it."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import edt
 import numpy as np
 from numpy.typing import NDArray
+from scipy.ndimage import distance_transform_edt
 
 
 def distance(mask: NDArray[np.bool_], spacing_mm: Sequence[float], /) -> NDArray[np.float32]:
@@ -25,17 +27,31 @@ def distance(mask: NDArray[np.bool_], spacing_mm: Sequence[float], /) -> NDArray
     return np.negative(signed, out=signed).clip(-far, far, out=signed)
 
 
-def move(labels: NDArray[np.uint8], mm: float, spacing_mm: Sequence[float], /) -> NDArray[np.uint8]:
+def move(labels: NDArray[Any], mm: float, spacing_mm: Sequence[float], /) -> NDArray[Any]:
     """Move the edge of a mask outwards, or for negative mm inwards.
 
     Parameters
     ----------
-    labels : (*size) uint8
-        What joins gets the first label.
+    labels : (*size) unsigned
+        What joins gets the label that is next to it.
     """
     if not mm:
         return labels
     apart = distance(labels > 0, spacing_mm)
     if mm > 0:
-        return np.where((apart > 0) & (apart <= mm), np.uint8(1), labels)
-    return np.where((apart < 0) & (apart >= mm), np.uint8(0), labels)
+        return extend(labels, (apart > 0) & (apart <= mm), spacing_mm)
+    return np.where((apart < 0) & (apart >= mm), labels.dtype.type(0), labels)
+
+
+def extend(
+    labels: NDArray[Any], where: NDArray[np.bool_], spacing_mm: Sequence[float] | None = None, /
+) -> NDArray[Any]:
+    """Give voxels the label of the nearest one that has one, of labels (*size), of which some are not 0."""
+    extended = labels.copy()
+    first = labels.max()
+    if ((labels == 0) | (labels == first)).all():
+        extended[where] = first
+        return extended
+    nearest = distance_transform_edt(labels == 0, sampling=spacing_mm, return_distances=False, return_indices=True)
+    extended[where] = labels[tuple(place[where] for place in nearest)]
+    return extended

@@ -13,6 +13,8 @@ from scipy.ndimage import distance_transform_edt
 from onelabel.configs.augmentation import BinsConfig
 from onelabel.errors import DataError
 
+Shares = tuple[float, float]
+
 IGNORE = -1
 LEVELS = 256
 HALF = (LEVELS - 1) // 2  # the highest level of a probability that does not exceed one half
@@ -29,9 +31,9 @@ class BinnedScan:
 
     levels : (*size) uint8, intensity in [0, 255]
     target : (*size) int8, class of a voxel; 0 background, IGNORE unknown, which looks like background
-    distance_mm : (*size) int8, distance to the foreground's edge in mm, negative inside, clipped to +-127
+    distance_mm : (*size) int8, distance to the edge of what is not background, negative inside, clipped to +-127
     tables : (classes, max_bins + 1, 256) uint8, bin of a level where its class has that many bins; 255 is air
-    probability : (*size) uint8, of the foreground, 255 for 1; None where the label is hard
+    probability : (structures, *size) uint8, 255 for 1; None where the label is hard
     """
 
     levels: np.ndarray
@@ -63,9 +65,9 @@ def bin_scan(
     DataError : a target without foreground, or that leaves no background.
     """
     levels = np.rint(np.clip(image, 0, 1) * (LEVELS - 1)).astype(np.uint8)
-    foreground = target > 0
-    if not foreground.any() or (target != 0).all():
+    if not (target > 0).any() or (target != 0).all():
         raise DataError("the label must hold both structure and background voxels on the network's grid")
+    foreground = target != 0  # with what is unknown, which may be it
     air = _air_level(levels[target == 0], method_seed=seed)
     most = max(config.foreground[1], config.background[1])
     tables = np.zeros((classes, most + 1, LEVELS), np.uint8)
@@ -83,15 +85,33 @@ def bin_scan(
     return BinnedScan(levels, target.astype(np.int8), distance, tables)
 
 
-def class_table(threshold: float = 0.5, ignore: tuple[float, float] = (0.5, 0.5), /) -> np.ndarray:
-    """How a probability is read: the class of each of its levels, (256,) int8.
+def read_probability(
+    probability: np.ndarray, /, *, threshold: float | None = None, ignore: Shares | None = None
+) -> np.ndarray:
+    """The class of every voxel, of the probability of each structure.
 
-    1 above the threshold, else 0. A level strictly between both ends of `ignore` has the complement of its class (-2 or
-    -1) instead: it is painted as its class, but its label is IGNORE.
+    Parameters
+    ----------
+    probability : (structures, *size) uint8, 255 for 1
+    threshold : the class is the last one that, with all after it, is more probable than this; over all thresholds from
+        0 to 1 a voxel has each class as often as is probable. None: the likeliest class
+    ignore : where the structures together are more probable than the first of these, and none as much as the second,
+        the class is given as its complement (-1, -2, ...): it is painted as its class, but its label is IGNORE
+
+    Returns
+    -------
+    (*size) int8
     """
-    share = np.arange(LEVELS) / (LEVELS - 1)
-    classes = (share > threshold).astype(np.int8)
-    return np.where((share > ignore[0]) & (share < ignore[1]), ~classes, classes)
+    ranks = np.arange(LEVELS * len(probability)) / (LEVELS - 1)
+    if threshold is not None:
+        tails = np.cumsum(probability[::-1], axis=0, dtype=np.int32)
+        return (ranks > threshold)[tails].sum(0, dtype=np.int8)
+    total, most = probability.sum(0, dtype=np.int32), probability.max(0)
+    classes = np.where(most > LEVELS - 1 - total, probability.argmax(0) + 1, 0).astype(np.int8)
+    if ignore is None:
+        return classes
+    unknown = (ranks > ignore[0])[total] & (ranks < ignore[1])[most]
+    return np.where(unknown, ~classes, classes)
 
 
 def label_table(scan: BinnedScan, counts: tuple[int, ...], /) -> np.ndarray:

@@ -4,6 +4,7 @@ Where one mask is empty and the other is not there is no surface to measure from
 diagonal of the field of view, the worst there can be. Two empty masks agree perfectly.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import binary_erosion, distance_transform_edt, find_objects
 
 from onelabel.errors import DataError
+from onelabel.imaging.labels import IGNORE
 
 FEW = 5  # masks that say nothing of what is usual
 
@@ -86,6 +88,46 @@ def evaluate(pred: Mask, truth: Mask, spacing_mm: Sequence[float], /) -> dict[st
         "truth_volume_mm3": volume_mm3(truth, spacing_mm),
         "miss": bool(np.any(truth) and not np.any(pred)),
     }
+
+
+def evaluate_classes(
+    pred: Mask, truth: Mask, spacing_mm: Sequence[float], names: Sequence[str], /
+) -> dict[str, float | bool]:
+    """Means over the structures that either of two label maps holds, and where they are several the Dice of each.
+
+    Parameters
+    ----------
+    pred, truth : (*size) int
+        Class of a voxel; where the truth is IGNORE nothing counts.
+    spacing_mm : (len(size),)
+    names : of the classes, background first
+
+    Returns
+    -------
+    dict
+        dice, hd95_mm, asd_mm, and miss: of some structure of the truth nothing was found. Of several structures also
+        a `column` of Dice each.
+    """
+    pred = np.where(truth == IGNORE, 0, pred)
+    found = {
+        name: evaluate(pred == index, truth == index, spacing_mm)
+        for index, name in enumerate(names)
+        if index and ((pred == index).any() or (truth == index).any())
+    }
+    means = {name: float(np.mean([each[name] for each in found.values()])) for name in ("dice", "hd95_mm", "asd_mm")}
+    each = {column(name): one["dice"] for name, one in found.items()} if len(names) > 2 else {}
+    return {**means, "miss": any(one["miss"] for one in found.values()), **each}
+
+
+def mean_dice(pred: Mask, truth: Mask, /) -> float:
+    """Mean Dice over the structures that either of two label maps (*size) of classes holds; 1 if there is none."""
+    held = sorted({*np.unique(pred).tolist(), *np.unique(truth).tolist()} - {0, IGNORE})
+    return float(np.mean([dice(pred == index, truth == index) for index in held])) if held else 1.0
+
+
+def column(name: str, /) -> str:
+    """Where the Dice of a structure of this name stands in a table."""
+    return "dice_" + re.sub(r"\W+", "_", name)
 
 
 def _hd95(there: NDArray[np.float64], back: NDArray[np.float64]) -> float:

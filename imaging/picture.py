@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from nibabel.orientations import apply_orientation, io_orientation
@@ -20,7 +21,7 @@ _OUTLINE = _GREYS
 _COLOUR = (255, 96, 32)
 
 
-def overlay(image: Volume, mask: NDArray[np.uint8], /) -> bytes:
+def overlay(image: Volume, mask: NDArray[Any], /) -> bytes:
     """PNG of the sagittal, coronal and axial slice through the centre of a mask, side by side, up or front on top.
 
     Parameters

@@ -1,13 +1,20 @@
 """From files to what networks read: scans on the network's grid."""
 
+import logging
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from onelabel.configs.augmentation import BinsConfig
 from onelabel.imaging import volume
-from onelabel.imaging.labels import HALF, BinnedScan, bin_scan
+from onelabel.imaging.classes import Classes, load_target
+from onelabel.imaging.labels import HALF, BinnedScan, bin_scan, read_probability
 from onelabel.imaging.volume import Grid, Volume
+
+log = logging.getLogger(__name__)
 
 
 def image_on_grid(image: Volume, grid: Grid, /) -> Volume:
@@ -18,21 +25,57 @@ def image_on_grid(image: Volume, grid: Grid, /) -> Volume:
 
 
 def scan_on_grid(
-    image_path: str, label_path: str, grid: Grid, /, *, bins: BinsConfig, seed: int, probability: bool = False
+    image_path: str,
+    label_path: str,
+    grid: Grid,
+    /,
+    *,
+    bins: BinsConfig,
+    seed: int,
+    classes: Classes | None = None,
+    probability: bool = False,
 ) -> BinnedScan:
-    """Load a scan and its mask, bring both onto the grid and bin the intensities.
+    """Load a scan and its label, bring both onto the grid and bin the intensities.
 
-    With `probability` the label file holds that of the foreground, 0 to 255: the mask is what exceeds one half.
+    With `probability` the label file holds that of the structures, 0 to 255; of several along a fourth axis.
 
     Raises
     ------
     DataError : a file that cannot be used, or grids that differ.
     """
-    image, label = volume.load_labelled(image_path, label_path, above=HALF if probability else 0)
+    classes = classes or Classes()
+    share = None
     if probability:
-        share = np.rint(volume.conform(label, grid).data).astype(np.uint8)
-        mask = (share > HALF).astype(np.int32)
+        image, parts = _load_probability(image_path, label_path, classes)
+        share = np.stack([np.rint(volume.conform(part, grid).data).astype(np.uint8) for part in parts])
+        target = read_probability(share)
     else:
-        mask = volume.conform_mask(Volume((label.data > 0).astype(np.int32), label.affine), grid).data
-    scan = bin_scan(image_on_grid(image, grid).data, mask, spacing_mm=grid.spacing_mm, config=bins, seed=seed)
-    return replace(scan, probability=share) if probability else scan
+        image, label = load_target(image_path, label_path, classes)
+        target = volume.conform_mask(label, grid).data
+        _warn_of_losses(label_path, classes, label.data, target)
+    scan = bin_scan(
+        image_on_grid(image, grid).data,
+        target,
+        spacing_mm=grid.spacing_mm,
+        config=bins,
+        classes=len(classes),
+        seed=seed,
+    )
+    return replace(scan, probability=share)
+
+
+def _load_probability(image_path: str, label_path: str, classes: Classes) -> tuple[Volume, list[Volume]]:
+    """A scan, and the probability of each structure in it, 0 to 255."""
+    if len(classes) == 2:
+        image, share = volume.load_labelled(image_path, label_path, above=HALF)
+        return image, [share]
+    image, file = volume.load(image_path), volume.open_image(Path(label_path))
+    shares = volume.voxels(file, Path(label_path))
+    return image, [Volume(share, image.affine) for share in np.moveaxis(shares, -1, 0)]
+
+
+def _warn_of_losses(path: str, classes: Classes, target: NDArray[Any], on_grid: NDArray[Any]) -> None:
+    """Say which classes have no voxel left."""
+    for index, name in enumerate(classes.names):
+        if (target == index).any() and not (on_grid == index).any():
+            log.warning("%s: no voxel of the grid is '%s', which is there in the file", path, name)

@@ -1,6 +1,6 @@
 """Labels to images of random shape and contrast (SingleStrip, arXiv 2508.10464, step 1)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -24,18 +24,29 @@ class Paint:
 
 
 @dataclass(frozen=True)
+class Patch:
+    """What a sample shows of a scan. size : (3,) voxels; centre : (3,) in voxels of the scan."""
+
+    size: deform.Size
+    centre: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
 class Params:
     """Everything drawn for one image.
 
     paint : None for a real one; cut_mm : where a head is stripped, or None
-    classes : (256,) int8 of `class_table`, how the scan's probability is read; None: the label is hard
+    size : (3,) voxels of the image; whole : it shows all of the scan, and is scaled by what it shows
+    target : (*size) int8 of `read_probability`, which stands for the scan's own target; None: that
     """
 
     deformation: deform.Deformation
     paint: Paint | None
     cut_mm: float | None
     appearance: augment.Appearance
-    classes: np.ndarray | None = None
+    size: deform.Size
+    whole: bool = True
+    target: np.ndarray | None = None
 
 
 def sample_params(
@@ -45,20 +56,24 @@ def sample_params(
     *,
     spacing_mm: deform.Spacing,
     real: bool = False,
+    patch: Patch | None = None,
     deform_config: DeformConfig | None = None,
     generator: torch.Generator,
 ) -> Params:
-    """Draw shape, labels, intensities and scanner effects for a scan."""
-    size = scan.levels.shape
+    """Draw shape, labels, intensities and scanner effects for a scan, or a patch of it."""
+    size = patch.size if patch else scan.levels.shape
     deformation = deform.sample_deformation(
         deform_config or config.deform, size=size, spacing_mm=spacing_mm, generator=generator
     )
+    if patch:
+        moved = [(c - (n - 1) / 2) * mm for c, n, mm in zip(patch.centre, size, spacing_mm, strict=True)]
+        deformation = replace(deformation, shift_mm=deformation.shift_mm + torch.tensor(moved))
     real = uniform(0, 1, generator) < config.intensity.real or real
     paint = None if real else _sample_paint(scan, config, generator)
     stripped = uniform(0, 1, generator) < config.strip.probability
     cut = uniform(*config.strip.border_mm, generator) if stripped else None
     appearance = augment.sample(config.augment, size=size, spacing_mm=spacing_mm, generator=generator)
-    return Params(deformation, paint, cut, appearance)
+    return Params(deformation, paint, cut, appearance, size, patch is None)
 
 
 def synthesise(
@@ -88,15 +103,13 @@ def in_torch(
     scan: BinnedScan, params: Params, /, *, spacing_mm: deform.Spacing, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """One training pair on a device: image (*size) float32 in [0, 1], label (*size) int8 with IGNORE."""
-    size = scan.levels.shape
-    levels, target, distance_mm, probability = _on_device(scan, device)
+    size = params.size
+    levels, target, distance_mm = _on_device(scan, device)
+    if params.target is not None:
+        target = torch.from_numpy(params.target).to(device, non_blocking=True)
     place = deform.coordinates(params.deformation, size=size, spacing_mm=spacing_mm, device=device)
-    index, inside = deform.nearest(place, size=size)
-    if params.classes is None or probability is None:
-        target = target.flatten().index_select(0, index).mul_(inside)
-    else:
-        classes = torch.from_numpy(params.classes).to(device, non_blocking=True)
-        target = classes.index_select(0, probability.flatten().index_select(0, index).int()).mul_(inside)
+    index, inside = deform.nearest(place, size=scan.levels.shape)
+    target = target.flatten().index_select(0, index).mul_(inside)
     if params.paint is None:
         image = deform.linear(levels.float().div_(LEVELS - 1), place)
     else:
@@ -105,7 +118,7 @@ def in_torch(
     if params.cut_mm is not None:
         beyond = distance_mm.flatten().index_select(0, index) > params.cut_mm
         image = image.masked_fill(beyond.reshape(size), 0.0)
-    image = augment.apply(image, params.appearance)
+    image = augment.apply(image, params.appearance, whole=params.whole)
     return image, augment.crop(target.clamp_(min=IGNORE).reshape(size), params.appearance.crop)
 
 
@@ -121,8 +134,11 @@ def paint(levels: Tensor, target: Tensor, params: Paint, /) -> Tensor:
 
 
 def _compiled(scan: BinnedScan, params: Params, spacing_mm: deform.Spacing) -> tuple[Tensor, Tensor]:
-    size, look = scan.levels.shape, params.appearance
-    target = _target(scan, params.classes)
+    size, look = params.size, params.appearance
+    target = scan.target
+    if params.target is not None:
+        target = params.target.view()
+        target.setflags(write=scan.target.flags.writeable)  # or the kernel would be compiled once more
     image, label = np.empty(size, np.float32), np.empty(size, np.int8)
     where = _splines(deform.control_points(params.deformation, size=size, spacing_mm=spacing_mm), size)
     mean, spread, seed = np.empty(0, np.float32), np.empty(0, np.float32), 0
@@ -136,21 +152,14 @@ def _compiled(scan: BinnedScan, params: Params, spacing_mm: deform.Spacing) -> t
     augment.spread_in_place(image, look.spread)
     image = augment.acquire(torch.from_numpy(image), look).numpy()
     noise, box = (look.noise_sd, look.noise_seed), augment.box(size, look.crop)
-    seen = np.empty(-(-image.size // (every := augment.stride(image.size))), np.float32)
-    kernels.sample(image, every, *noise, box, seen)
-    low, scale = augment.bounds(torch.from_numpy(seen))
+    low, scale = 0.0, 1.0
+    if params.whole:
+        seen = np.empty(-(-image.size // (every := augment.stride(image.size))), np.float32)
+        kernels.sample(image, every, *noise, box, seen)
+        low, scale = (bound.item() for bound in augment.bounds(torch.from_numpy(seen)))
     result = np.empty(size, np.uint8)
-    kernels.finish(image, *noise, box, low.item(), scale.item(), result, label)
+    kernels.finish(image, *noise, box, low, scale, result, label)
     return torch.from_numpy(result), torch.from_numpy(label).clamp_(min=IGNORE)
-
-
-def _target(scan: BinnedScan, classes: np.ndarray | None) -> np.ndarray:
-    """The class of every voxel, read from the scan's probability if there is a way to read it."""
-    if classes is None or scan.probability is None:
-        return scan.target
-    target: np.ndarray = classes[scan.probability]
-    target.setflags(write=scan.target.flags.writeable)  # or the kernel would be compiled once more
-    return target
 
 
 def _splines(control: Tensor, size: deform.Size) -> tuple[np.ndarray, kernels.Bases]:
@@ -174,10 +183,9 @@ def _sample_paint(scan: BinnedScan, config: SynthesisConfig, generator: torch.Ge
 
 
 @lru_cache(maxsize=64)
-def _on_device(scan: BinnedScan, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Levels, classes, distances and probability of a scan, kept on the device from sample to sample."""
-    parts = (scan.levels, scan.target, scan.distance_mm, scan.probability)
+def _on_device(scan: BinnedScan, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Levels, classes and distances of a scan, kept on the device from sample to sample."""
     # Arrays that come through shared memory are read-only, and torch wants to own what it wraps.
-    arrays = [np.require(part, requirements=["C", "W"]) for part in parts if part is not None]
-    levels, target, distance_mm, *probability = (torch.from_numpy(array).to(device) for array in arrays)
-    return levels, target, distance_mm, probability[0] if probability else None
+    arrays = [np.require(part, requirements=["C", "W"]) for part in (scan.levels, scan.target, scan.distance_mm)]
+    levels, target, distance_mm = (torch.from_numpy(array).to(device) for array in arrays)
+    return levels, target, distance_mm

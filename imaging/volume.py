@@ -26,6 +26,7 @@ from scipy import ndimage
 
 from onelabel.errors import DataError
 from onelabel.imaging import files
+from onelabel.imaging.labels import IGNORE
 from onelabel.imaging.resample import resample
 
 log = logging.getLogger(__name__)
@@ -188,8 +189,7 @@ def load_labelled(image_path: str | Path, label_path: str | Path, /, *, above: i
 def reorient(volume: Volume, /) -> Volume:
     """Permute and flip axes so that they run closest to right, front, top (RAS); no voxel changes value or place."""
     orientation = io_orientation(volume.affine)
-    affine = volume.affine @ inv_ornt_aff(orientation, volume.shape)
-    return Volume(apply_orientation(volume.data, orientation), affine)
+    return Volume(apply_orientation(volume.data, orientation), volume.affine @ inv_ornt_aff(orientation, volume.shape))
 
 
 def conform(volume: Volume, grid: Grid, /, *, labels: bool = False) -> Volume:
@@ -220,16 +220,19 @@ def conform(volume: Volume, grid: Grid, /, *, labels: bool = False) -> Volume:
 def conform_mask(volume: Volume, grid: Grid, /) -> Volume:
     """Resample labels onto a network's grid by the share that each class has in a voxel.
 
-    A voxel gets the label with the largest share, background included; for a mask that is a share of one half.
+    A voxel gets the label with the largest share, background included; for a mask that is a share of one half. If some
+    are not annotated (IGNORE), nor are all out of view; such weigh so little that lines outlive larger voxels.
     """
     volume = reorient(volume)
     affine = _grid_affine(volume, grid)
-    best = np.zeros(grid.size, volume.data.dtype)
-    best_share = np.zeros(grid.size, np.float32)
+    best, best_share = np.zeros(grid.size, volume.data.dtype), np.zeros(grid.size, np.float32)
     background = np.ones(grid.size, np.float32)
+    unknown = 0.5 * np.minimum(1, volume.spacing_mm / np.array(grid.spacing_mm)).prod(dtype=np.float32)
     for label in np.unique(volume.data[volume.data != 0]):
-        share = resample(volume.data == label, volume.affine, affine, grid.size, antialias=True)
-        background -= share
+        known = label != IGNORE
+        share = resample((volume.data == label) == known, volume.affine, affine, grid.size, antialias=True)
+        background -= (share := share if known else 1 - share)
+        share = share if known else share * unknown
         larger = share > best_share
         best[larger] = label
         best_share[larger] = share[larger]

@@ -29,7 +29,8 @@ _META = "meta.json"
 class Meta:
     """What a checkpoint is: enough to build its network and to know where it came from.
 
-    network : config of the network; grid : spacing_mm and size; classes : names by index
+    network : config of the network; grid : spacing_mm, size and patch
+    classes : names by index; labels : how files write them, the other fields of `imaging.classes.Classes`
     """
 
     network: dict[str, Any]
@@ -41,6 +42,13 @@ class Meta:
     classes: tuple[str, ...] = ("background", "foreground")
     versions: dict[str, str] = field(default_factory=dict)
     git: str = ""
+    labels: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def patch(self) -> tuple[int, ...] | None:
+        """Voxels of the patches that the network learned from, if not from whole grids."""
+        known = self.grid.get("patch")  # early checkpoints have none
+        return tuple(known) if known else None
 
     def __post_init__(self) -> None:
         # JSON knows lists alone.
@@ -90,9 +98,11 @@ def _check_grid(path: Path, meta: Meta) -> None:
     """The grid must be one that the network can work on."""
     try:
         size, spacing_mm = tuple(meta.grid["size"]), tuple(meta.grid["spacing_mm"])
-        divisor = UNetConfig.model_validate(meta.network).divisor
+        window = meta.patch or size
+        divisors = UNetConfig.model_validate(meta.network).divisors
         sound = len(size) == len(spacing_mm) == 3 and min(spacing_mm) > 0 and min(size) > 0
-        sound = sound and not any(n % divisor for n in size)
+        sound = sound and not any(n % divisor for n, divisor in zip(window, divisors, strict=True))
+        sound = sound and all(part <= whole for part, whole in zip(window, size, strict=True))
     except (KeyError, TypeError):
         sound = False
     if not sound:

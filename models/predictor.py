@@ -10,19 +10,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from onelabel.imaging import volume
+from onelabel.configs.schema import UNetConfig
+from onelabel.imaging import edges, volume
+from onelabel.imaging.classes import Classes
 from onelabel.imaging.prepare import image_on_grid
 from onelabel.imaging.volume import Grid, Volume
 from onelabel.models.checkpoint import load_segmenter
 from onelabel.models.precision import use_bf16
+from onelabel.models.windows import slide
 
 
 @dataclass(frozen=True)
 class Prediction:
     """What the network says of a scan.
 
-    mask : Volume (*native) uint8; image (1, 1, *size) and probability (1, classes, *size) float32 on the network's
-    grid, whose affine (4, 4) leads to mm
+    mask : Volume (*native), the label values of the scans that were learned from, mostly uint8
+    image, probability : (1, 1, *size) and (1, classes, *size) float32 on the network's grid, whose affine (4, 4) leads
+    to mm
     """
 
     mask: Volume
@@ -39,6 +43,8 @@ class Predictor:
         self.device = torch.device(device)
         self.network.to(self.device)
         self.bf16 = use_bf16(precision, self.device)
+        self.classes = Classes(self.meta.classes, **self.meta.labels)
+        self.window = self._window()
         self.grid = Grid(tuple(self.meta.grid["spacing_mm"]), tuple(self.meta.grid["size"]))
 
     def __call__(self, scan: Volume, /) -> Prediction:
@@ -46,8 +52,8 @@ class Predictor:
         conformed = image_on_grid(scan, self.grid)
         image = torch.from_numpy(conformed.data)[None, None].to(self.device)
         probability = self.probability(image)
-        mask = _in_grid_of(scan, probability[0, 1:].cpu().numpy(), conformed.affine)
-        return Prediction(mask, image, probability, conformed.affine)
+        found = _in_grid_of(scan, probability[0, 1:].cpu().numpy(), conformed.affine, self.classes)
+        return Prediction(Volume(self.classes.write(found), scan.affine), image, probability, conformed.affine)
 
     @torch.inference_mode()
     def probability(self, image: Tensor, /, *, dropout: bool = False) -> Tensor:
@@ -56,9 +62,19 @@ class Predictor:
         dropout : features are dropped as in training
         """
         _set_dropout(self.network, dropout)
+        return slide(self._seen_at_once, image, self.window or image.shape[2:])
+
+    def _seen_at_once(self, image: Tensor) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             logits: Tensor = self.network(image)
         return logits.float().softmax(1)
+
+    def _window(self) -> tuple[int, ...] | None:
+        """Voxels of a window, if it learned from patches; a network over slices sees all of them, one by one."""
+        if not self.meta.patch:
+            return None
+        axes, size = UNetConfig.model_validate(self.meta.network).axes, self.meta.grid["size"]
+        return tuple(n if axis in axes else size[axis] for axis, n in enumerate(self.meta.patch))
 
 
 def _set_dropout(network: nn.Module, on: bool) -> None:
@@ -67,17 +83,18 @@ def _set_dropout(network: nn.Module, on: bool) -> None:
             module.train(on)
 
 
-def _in_grid_of(scan: Volume, foreground: NDArray[np.float32], affine: NDArray[np.float64]) -> Volume:
-    """The cleaned mask (*native) of class probabilities (classes - 1, *size): what together exceeds one half."""
-    mask = np.zeros(scan.shape, np.uint8)
-    box = volume.box(foreground.sum(0) > 0.5, affine, scan)
+def _in_grid_of(
+    scan: Volume, structures: NDArray[np.float32], affine: NDArray[np.float64], classes: Classes
+) -> NDArray[np.uint8]:
+    """The cleaned classes (*native) of probabilities (structures, *size) on a network's grid."""
+    found = np.zeros(scan.shape, np.uint8)
+    box = volume.box(structures.sum(0) > 0.5, affine, scan)
     if box:
         corner = scan.affine.copy()
         corner[:3, 3] = (scan.affine @ [*(part.start for part in box), 1])[:3]
-        native = volume.restore(foreground, affine, mask[box].shape, corner)
-        label = native.argmax(0).astype(np.uint8) + np.uint8(1) if len(native) > 1 else np.uint8(1)
-        mask[box] = clean(np.where(native.sum(0) > 0.5, label, np.uint8(0)))
-    return Volume(mask, scan.affine)
+        native = volume.restore(structures, affine, found[box].shape, corner)
+        found[box] = clean(classes_of(native), classes)
+    return found
 
 
 def likeliest(probability: Tensor, /) -> Tensor:
@@ -92,10 +109,26 @@ def likeliest(probability: Tensor, /) -> Tensor:
     return label
 
 
-def clean(mask: np.ndarray, /) -> np.ndarray:
-    """Keep the largest component of the foreground and fill its holes with the first class."""
-    foreground = cc3d.largest_k(mask > 0, k=1, connectivity=6) > 0
-    filled = fill_voids.fill(foreground)
-    cleaned = np.where(foreground, mask, 0).astype(mask.dtype)
-    cleaned[filled & ~foreground] = 1
-    return cleaned
+def classes_of(structures: NDArray[np.float32], /) -> NDArray[np.uint8]:
+    """The class of every voxel (*size), of the probabilities (structures, *size) of all but the background."""
+    if len(structures) == 1:
+        return (structures[0] > 0.5).view(np.uint8)
+    found = np.where(structures.max(0) > 1 - structures.sum(0), structures.argmax(0) + 1, 0)
+    return found.astype(np.uint8)
+
+
+def clean(mask: NDArray[np.uint8], classes: Classes | None = None, /) -> NDArray[np.uint8]:
+    """Keep the largest component, of each class or of all together, and fill holes with the class that is next to them.
+
+    Parameters
+    ----------
+    mask : (*size), class of every voxel
+    """
+    several = classes is not None and len(classes) > 2 and classes.largest == "class"
+    parts = [mask == index for index in np.unique(mask[mask > 0])] if several else [mask > 0]
+    kept = np.zeros(mask.shape, bool)
+    for part in parts:
+        kept |= cc3d.largest_k(part, k=1, connectivity=6) > 0
+    cleaned = np.where(kept, mask, np.uint8(0))
+    holes = fill_voids.fill(kept) & ~kept
+    return edges.extend(cleaned, holes) if holes.any() else cleaned

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from onelabel.configs.streams import PseudoLabelConfig
 from onelabel.imaging import volume
+from onelabel.imaging.classes import Classes
 from onelabel.imaging.labels import LEVELS
 from onelabel.imaging.volume import Volume
-from onelabel.models.predictor import Prediction, clean, likeliest
+from onelabel.models.predictor import Prediction, classes_of, clean, likeliest
 from onelabel.models.rankers.autoencoder import AutoencoderRanker
 from onelabel.models.rankers.base import Predict
 from onelabel.models.rankers.views import sample_views, seen_by
@@ -21,6 +22,7 @@ class PseudoLabeller:
 
     predict : the present network, which made the predictions; earlier : networks of earlier rounds, on the same grid
     autoencoder : if masks are to be projected
+    classes : of the networks; None: one structure
     """
 
     def __init__(
@@ -31,35 +33,37 @@ class PseudoLabeller:
         *,
         earlier: Sequence[Predict] = (),
         autoencoder: AutoencoderRanker | None = None,
+        classes: Classes | None = None,
     ) -> None:
-        self.predict, self.earlier, self.autoencoder = predict, earlier, autoencoder
+        self.predict, self.earlier, self.autoencoder, self.classes = predict, earlier, autoencoder, classes
         self.views = sample_views(config.views) if config.views else []
 
     def __call__(self, prediction: Prediction, /) -> Volume:
-        """The foreground's probability on the scan's own grid, (*native) uint8: 255 for 1.
+        """The probability of each structure on the scan's own grid, uint8: 255 for 1.
 
-        As in masks only the largest component of what exceeds one half is kept and its holes are filled: 0 in what is
-        lost, 1 in what is filled.
+        (*native) of one structure, (*native, structures) of several. As in masks only the largest components of what is
+        likeliest are kept and holes are filled: 0 in what is lost, 1 in what is filled.
         """
         mask = prediction.mask
         on_grid = self.on_grid(prediction).cpu().numpy()
         native = volume.restore(on_grid, prediction.affine, mask.shape, mask.affine).clip(0, 1)
-        structure = native > 0.5
-        kept = clean(structure.astype(np.uint8)) > 0
-        native[structure & ~kept], native[kept & ~structure] = 0, 1
-        levels = np.ceil(native * (LEVELS - 1) - 0.5)  # one half, where two networks differ, is no structure
-        return Volume(levels.astype(np.uint8), mask.affine)
+        found = classes_of(native)
+        kept = clean(found, self.classes)
+        changed = kept != found
+        native[:, changed] = kept[changed] == np.arange(1, len(native) + 1)[:, None]
+        levels = np.ceil(native * (LEVELS - 1) - 0.5).astype(np.uint8)  # one half, where networks differ, is not it
+        return Volume(levels[0] if len(levels) == 1 else np.moveaxis(levels, 0, -1), mask.affine)
 
     @torch.inference_mode()
     def on_grid(self, prediction: Prediction, /) -> Tensor:
-        """The foreground's probability (*size) float32 on the network's grid."""
+        """The probability of each structure (structures, *size) float32 on the network's grid."""
         total, passes = torch.zeros_like(prediction.probability), 0
         for probability in self._passes(prediction):
             total += probability
             passes += 1
         if self.autoencoder:
             return self.autoencoder.reconstruct(likeliest(total)[0])
-        return total[0, 1:].sum(0) / passes
+        return total[0, 1:] / passes
 
     def _passes(self, prediction: Prediction) -> Iterator[Tensor]:
         """Class probabilities, as many of each network."""

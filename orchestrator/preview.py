@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from onelabel.configs.schema import RunConfig
 from onelabel.errors import SCAN_FAULTS, sentence
 from onelabel.imaging import outputs, volume
+from onelabel.imaging.classes import Classes, load_target
 from onelabel.imaging.labels import BinnedScan
 from onelabel.imaging.prepare import image_on_grid, scan_on_grid
 from onelabel.imaging.random import derive
@@ -83,7 +84,7 @@ def material(config: RunConfig, /, *, count: int) -> list[report.Picture]:
             )
         bins = config.synthesis.bins
         for words, counts in zip(("fewest", "most"), zip(bins.background, bins.foreground, strict=True), strict=True):
-            alt = f"The labelled scan in {counts[1]} bins inside the structure and {counts[0]} outside."
+            alt = f"The labelled scan in {counts[1]} bins inside each structure and {counts[0]} outside."
             data = report.bins(scans[0], counts, spacing_mm=config.grid.spacing_mm)
             pictures.append(report.Picture(f"bins-{words}.png", alt, data, f"{words} bins"))
         for index, sample in enumerate(_samples(config, scans, count)):
@@ -96,8 +97,8 @@ def _real(config: RunConfig, cohorts: Cohorts) -> Iterator[tuple[str, NDArray[np
     """The first labelled scan, then unlabelled ones from all over the cohort, as the network would see them."""
     grid = Grid(config.grid.spacing_mm, config.grid.size)
     row = cohorts.labelled.rows()[0]
-    image, label = volume.load_labelled(row["image"], row["label"])
-    on_grid = volume.conform_mask(Volume((label.data > 0).astype(np.int32), label.affine), grid)
+    image, target = load_target(row["image"], row["label"], Classes.of(config.data))
+    on_grid = volume.conform_mask(target, grid)
     yield row["key"], image_on_grid(image, grid).data, on_grid.data.astype(np.int8)
     others = cohorts.unlabelled.rows() if cohorts.unlabelled else []
     for row in others[:: max(1, len(others) // COLUMNS)]:
@@ -109,9 +110,10 @@ def _real(config: RunConfig, cohorts: Cohorts) -> Iterator[tuple[str, NDArray[np
 
 def _scans(config: RunConfig, cohorts: Cohorts) -> list[BinnedScan]:
     """The labelled scans as samples are drawn from them."""
+    classes = Classes.of(config.data)
     grid = Grid(config.grid.spacing_mm, config.grid.size)
     return [
-        scan_on_grid(row["image"], row["label"], grid, bins=config.synthesis.bins, seed=config.seed)
+        scan_on_grid(row["image"], row["label"], grid, bins=config.synthesis.bins, classes=classes, seed=config.seed)
         for row in cohorts.labelled.rows()
     ]
 

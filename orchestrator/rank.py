@@ -69,6 +69,8 @@ def rank(
         raise ConfigError("--images and --checkpoint belong together: a network looks at the scans of the masks")
     judged = _cohort(masks(source), scans(images) if images else {})
     config = _config(image, mask, out, segmenter, settings)
+    if config.data.classes:
+        raise ConfigError("masks are ranked as one structure, whatever their labels: leave out data.classes")
     ranker = _ranker(config, segmenter)
     cohorts, folder = Cohorts(open_cohorts(config).labelled, judged, None), open_folder(config)
     preload()

@@ -4,6 +4,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, cycle
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ Row = Mapping[str, Any]  # key, image, mask; label, score, dice and error where 
 
 BACKGROUND, TEXT, FAINT = "#101418", "#f2f2f2", "#9aa5b1"
 MASK, TRUTH = "#ffb000", "#33ccff"
+STRUCTURES = ("Oranges_r", "Greens_r", "Purples_r", "Reds_r")  # in turn, for their bins
 TILE_INCHES = 3.4
 TITLE_INCHES = 0.6
 DPI = 150
@@ -54,7 +56,7 @@ class _View:
     """A slice, gray or RGB: the first axis runs to the right of the picture, the second up."""
 
     image: NDArray[Any]
-    outlines: dict[str, NDArray[Any]]  # colour -> mask
+    outlines: dict[str, NDArray[Any]]  # colour -> label map
     edges_mm: tuple[float, float]  # of a pixel
 
     @property
@@ -113,19 +115,22 @@ def tile(row: Row, /) -> bytes:
 
 
 def bins(scan: BinnedScan, counts: tuple[int, int], /, *, spacing_mm: tuple[float, float, float]) -> bytes:
-    """A PNG of a scan's intensity bins, from dark to bright: blue outside the structure, orange inside, air black.
+    """A PNG of a scan's intensity bins, from dark to bright: blue outside, orange and others inside, air black.
 
     Parameters
     ----------
     scan : on the network's grid
-    counts : bins outside, bins inside
+    counts : bins outside, bins inside each structure
     spacing_mm : of the grid
     """
     outside, inside = counts
-    colours = np.zeros((1 + outside + inside, 3))
-    colours[AIR + 1 : outside + 1] = colormaps["Blues_r"](np.linspace(0.1, 0.9, outside))[:, :3]
-    colours[outside + 1 :] = colormaps["Oranges_r"](np.linspace(0.1, 0.9, inside))[:, :3]
-    views = _cut(colours[label_map(scan, counts)], {MASK: scan.target > 0}, np.array(spacing_mm))
+    each = (outside, *[inside] * (len(scan.tables) - 1))
+    ramps = [
+        colormaps[name](np.linspace(0.1, 0.9, count))[:, :3]
+        for name, count in zip(chain(["Blues_r"], cycle(STRUCTURES)), each, strict=False)
+    ]
+    colours = np.concatenate([np.zeros((AIR + 1, 3)), *ramps])
+    views = _cut(colours[label_map(scan, each)], {MASK: scan.target > 0}, np.array(spacing_mm))
     words = [(f"{inside} bins inside", MASK, 12, "bold"), (f"{outside} bins outside", TRUTH, 12, "bold")]
     return _png([replace(view, outlines={}) for view in views], words)
 
@@ -227,8 +232,8 @@ def _draw_view(axes: Axes, view: _View, corner: tuple[float, float]) -> None:
         interpolation="bilinear",
     )
     for colour, mask in view.outlines.items():
-        if mask.any():
-            padded = np.pad(mask, 1).T.astype(float)  # closes outlines at the edge
+        for structure in np.unique(mask[mask > 0]):
+            padded = np.pad(mask == structure, 1).T.astype(float)  # closes outlines at the edge
             xs, ys = (
                 start + (np.arange(n + 2) - 0.5) * edge
                 for start, n, edge in zip(corner, mask.shape, view.edges_mm, strict=True)
@@ -240,9 +245,7 @@ def _views(row: Row) -> list[_View]:
     """The slices of a scan with the outlines of its mask and its truth."""
     image = volume.reorient(volume.load(row["image"]))
     paths = {TRUTH: row.get("label"), MASK: row.get("mask")}  # the mask is drawn over the truth
-    outlines = {
-        colour: volume.reorient(volume.load(path, labels=True)).data != 0 for colour, path in paths.items() if path
-    }
+    outlines = {colour: volume.reorient(volume.load(path, labels=True)).data for colour, path in paths.items() if path}
     for colour, mask in outlines.items():
         if mask.shape != image.shape:
             raise DataError(f"{paths[colour]} has shape {mask.shape}, its image {image.shape}: they must be equal.")
@@ -252,9 +255,9 @@ def _views(row: Row) -> list[_View]:
 def _cut(data: NDArray[Any], outlines: dict[str, NDArray[Any]], spacing_mm: NDArray[np.float64]) -> list[_View]:
     """Coronal, sagittal and axial slice through the centre of the mask, cut to its surroundings.
 
-    data : (*size) gray or (*size, 3) RGB, in [0, 1]; outlines : colour -> (*size) bool
+    data : (*size) gray or (*size, 3) RGB, in [0, 1]; outlines : colour -> (*size), above 0 where a structure is
     """
-    box, centre = _around(outlines.get(MASK, np.zeros(data.shape[:3], bool)), spacing_mm)
+    box, centre = _around(outlines.get(MASK, np.zeros(data.shape[:3], bool)) > 0, spacing_mm)
     views = []
     for across in (1, 0, 2):
         place = centre[across]

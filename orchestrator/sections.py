@@ -229,7 +229,8 @@ def _scan_table(table: pa.Table, selected_in: Mapping[str, Sequence[str]]) -> Ta
     """The figures of all scans, as far as there are any."""
     scores = [name for name in table.column_names if name.startswith("score")]
     expected = [name for name in ("expected_dice", "expected_low", "expected_high") if name in table.column_names]
-    measures = (*expected, "dice", "hd95_mm", "asd_mm")
+    structures = [name for name in table.column_names if name.startswith("dice_")]
+    measures = (*expected, "dice", *structures, "hd95_mm", "asd_mm")
     rows = [
         (
             row["key"],
@@ -240,7 +241,8 @@ def _scan_table(table: pa.Table, selected_in: Mapping[str, Sequence[str]]) -> Ta
         for row in table.slice(0, MOST_ROWS).to_pylist()
     ]
     names = [name.replace("_", " ").replace("dice", "Dice") for name in (*scores, *expected)]
-    columns = ("scan", *names, "Dice", "HD95, mm", "ASD, mm", "volume, ml")
+    each = [f"Dice, {name.removeprefix('dice_').replace('_', ' ')}" for name in structures]
+    columns = ("scan", *names, "Dice", *each, "HD95, mm", "ASD, mm", "volume, ml")
     some = f"the {MOST_ROWS} lowest scores of {len(table)}" if len(table) > MOST_ROWS else f"all {len(table)}"
     return Table((*columns, "selected in rounds"), rows, folded=f"Table of {some}").without_gaps()
 

@@ -6,13 +6,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
+from onelabel.configs.data import Source
 from onelabel.configs.load import dump
-from onelabel.configs.schema import OracleRankerConfig, RunConfig, Source, StageConfig
+from onelabel.configs.schema import (
+    AutoencoderRankerConfig,
+    OracleRankerConfig,
+    RunConfig,
+    StageConfig,
+    single_rankers,
+)
 from onelabel.configs.selection import TopKConfig
 from onelabel.errors import ClusterError, ConfigError, DataError, OnelabelError
-from onelabel.imaging import volume
+from onelabel.imaging.classes import Classes, load_target
+from onelabel.imaging.labels import IGNORE
 from onelabel.models.learners import LEARNERS
 from onelabel.tasks import streams
 from onelabel.tasks.cohort import Cohort, open_cohort
@@ -43,17 +52,14 @@ def open_cohorts(config: RunConfig, /) -> Cohorts:
 
     Raises
     ------
-    ConfigError : k larger than the cohort, or a learner or streams that make no segmenter.
-    DataError : a source that names nothing, or a labelled scan that cannot be used.
+    ConfigError : k larger than the cohort, a learner or streams that make no segmenter, or images painted from scans of
+        which little is annotated.
+    DataError : a source that names nothing, a labelled scan that cannot be used, or a class that none of them holds.
     """
     for stage in config.stages:
         _check_stage(stage)
     labelled = _open(config.data.labelled, labels=True)
-    for row in labelled.rows():
-        try:
-            volume.load_labelled(row["image"], row["label"])
-        except OnelabelError as error:
-            raise DataError(f"labelled scan '{row['key']}': {error}") from None
+    _check_labels(labelled, config)
     unlabelled = _open(config.data.unlabelled, labels=False) if config.data.unlabelled else None
     for stage in config.stages:
         if not (stage.ranker and unlabelled):
@@ -86,20 +92,58 @@ def _check_stage(stage: StageConfig) -> None:
         raise ConfigError(f"stage '{stage.name}' reads a 'mask' stream, which has no images; take synthetic or real")
 
 
+def _check_labels(labelled: Cohort, config: RunConfig) -> None:
+    """Read all labelled scans; what the classes are is known to the settings, what is there to the files."""
+    classes = Classes.of(config.data)
+    voxels = np.zeros(len(classes), np.int64)
+    for row in labelled.rows():
+        try:
+            _, target = load_target(row["image"], row["label"], classes)
+        except OnelabelError as error:
+            raise DataError(f"labelled scan '{row['key']}': {error}") from None
+        unknown, *known = np.bincount(target.data.ravel() - IGNORE, minlength=len(classes) + 1).tolist()
+        voxels += known
+        if unknown > sum(known) or row["kind"] == "scribble":
+            _check_scribbles(row["key"], config)
+    absent = [name for name, count in zip(classes.names, voxels, strict=True) if not count]
+    if absent:
+        raise DataError(
+            f"no labelled scan holds '{absent[0]}' of data.classes: give one that does, or leave the class out"
+        )
+
+
+def _check_scribbles(key: str, config: RunConfig) -> None:
+    """Images are painted from whole label maps, and only from such masks' shape can be learned."""
+    for stage in config.stages:
+        parts = [part for streams in stage.streams.values() for part in streams]
+        rankers = single_rankers(stage.ranker)
+        if any(part.of == "labelled" and part.type != "real" for part in parts):
+            use = "reads it in a stream that is not real: set the stream's type to real"
+        elif any(isinstance(ranker, AutoencoderRankerConfig) for ranker in rankers):
+            use = "fits an autoencoder to its mask: choose another ranker"
+        elif rankers and stage.expect.images:
+            use = "paints images of it to learn what Dice to expect: set expect.images=0"
+        else:
+            continue
+        raise ConfigError(f"of labelled scan '{key}' most voxels are not annotated, but stage '{stage.name}' {use}")
+
+
 def needs(config: RunConfig, cohorts: Cohorts, /) -> dict[str, float]:
     """Bytes of a synthesis actor, and of a train worker's samples in flight and scans in the object store."""
     voxels = math.prod(config.grid.size)
+    structures = len(config.data.names) - 1
     pool = len(cohorts.unlabelled) if cohorts.unlabelled else 0
     selected = (
-        stage.select.most(pool, number) * streams.scan_bytes(voxels, probability=stage.pseudo is not None)
+        stage.select.most(pool, number) * streams.scan_bytes(voxels, probabilities=structures if stage.pseudo else 0)
         for stage in config.stages
         if stage.ranker
         for number in range(stage.rounds)
     )
     scans = len(cohorts.labelled) * streams.scan_bytes(voxels) + max(selected, default=0)
+    seen = math.prod(config.grid.window)
     flying = max(max(config.compute.ahead, stage.learner.batch) for stage in config.stages)
-    store = flying * streams.sample_bytes(voxels) + scans
-    return {"actor_bytes": streams.actor_bytes(voxels), "store_bytes": store}
+    store = flying * streams.sample_bytes(seen) + scans
+    return {"actor_bytes": streams.actor_bytes(seen), "store_bytes": store}
 
 
 def open_folder(config: RunConfig, /) -> Path:

@@ -10,9 +10,9 @@ from scipy.stats import spearmanr
 def summarise(tables: dict[str, pa.Table], /) -> dict[str, Any]:
     """Figures of a round: `failures`, and for each of `scores`, `selection` and `test` what can be said.
 
-    Dice is over all scans with a truth, a miss counting as 0; `expected_dice_error` is its mean distance from what was
-    expected. `rank_correlation` is Spearman's, of score and Dice;
-    `predict_cpu_s_mean` and `rank_cpu_s_mean` are CPU seconds a scan.
+    Dice is over all scans with a truth, a miss counting as 0; of several structures there is one for each, too.
+    `expected_dice_error` is its mean distance from what was expected. `rank_correlation` is Spearman's, of score and
+    Dice; `predict_cpu_s_mean` and `rank_cpu_s_mean` are CPU seconds a scan.
     """
     figures: dict[str, Any] = {"failures": 0}
     for name, table in tables.items():
@@ -34,6 +34,9 @@ def _describe(table: pa.Table) -> dict[str, float]:
         part |= {"dice_min": float(np.nanmin(dice)), "hd95_mm_mean": float(np.nanmean(_numbers(table, "hd95_mm")))}
         part["asd_mm_mean"] = float(np.nanmean(_numbers(table, "asd_mm")))
         part["misses"] = float(np.nansum(_numbers(table, "miss")))
+    for name in table.column_names:
+        if name.startswith("dice_") and np.isfinite(found := _numbers(table, name)).any():
+            part[f"{name}_mean"] = float(np.nanmean(found))
     expected = (
         _numbers(table, "expected_dice") if "expected_dice" in table.column_names else np.full(len(table), np.nan)
     )

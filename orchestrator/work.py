@@ -5,7 +5,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from onelabel.configs.schema import (
 )
 from onelabel.configs.streams import StreamConfig
 from onelabel.errors import DataError
+from onelabel.imaging.classes import Classes
 from onelabel.imaging.random import derive
 from onelabel.models import checkpoint, quality
 from onelabel.orchestrator import report
@@ -99,7 +100,10 @@ class Work:
             expect = now.stage.expect
             probes = self.probes(expect) if single_rankers(ranker) and expect.images else None
             pseudo = pseudo_of(now, earlier) if ranker else None
-            task = scoring.ScoreTask(now.checkpoint, out, ranker, self.fitted(ranker), self.config.seed, probes, pseudo)
+            structures = self.config.data.names[1:] if self.config.data.classes else ()
+            task = scoring.ScoreTask(
+                now.checkpoint, out, ranker, self.fitted(ranker), self.config.seed, probes, pseudo, structures
+            )
             with self._timed("scoring"):
                 found, expectation = scoring.score(cohort, task, compute=self.config.compute)
             if expectation and ranker:
@@ -133,7 +137,7 @@ class Work:
             if not len(selection):
                 raise DataError(f"no usable mask was left for {now.name} to learn from; train the rounds before longer")
             scans["selected"] = self._scans(f"selected for {now.name}", pseudo_labels(selection))
-        learner, network, seed = now.stage.learner, self.config.network, derive(self.config.seed, now.index)
+        learner, network, seed = now.stage.learner, self.config.segmenter, derive(self.config.seed, now.index)
         meta = self._meta(network.model_dump(mode="json"), learner.type, seed)
         task = FitTask(now.name, learner, network, now.stage.steps, seed, meta, initial, now.number, now.stage.rounds)
         return self._job(task, now.stage.streams, scans, now.checkpoint, track)
@@ -150,8 +154,9 @@ class Work:
     def _ranking(self, name: str, config: AutoencoderRankerConfig, track: RoundTracker) -> Job:
         """The ranker's network on the labelled masks."""
         seed = derive(self.config.seed, "ranker")
-        meta = self._meta(config.network.model_dump(mode="json"), config.learner.type, seed)
-        task = FitTask(name, config.learner, config.network, config.steps, seed, meta)
+        network = config.network.model_copy(update={"classes": len(self.config.data.names)})
+        meta = self._meta(network.model_dump(mode="json"), config.learner.type, seed)
+        task = FitTask(name, config.learner, network, config.steps, seed, meta)
         sources = {"train": (StreamConfig(type="mask", deform=config.deform),)}
         scans = {"labelled": self._scans("labelled", self.cohorts.labelled)}
         return self._job(task, sources, scans, self._fitted(config), track)
@@ -196,8 +201,9 @@ class Work:
         return self.prepared[name], [row["weight"] for row in cohort.rows()]
 
     def _meta(self, network: dict[str, Any], learner: str, seed: int) -> checkpoint.Meta:
-        grid = self.config.grid.model_dump(mode="json")
-        return checkpoint.Meta(network, learner, grid, 0, seed, self.cohorts.digest, **checkpoint.provenance())
+        grid, labels = self.config.grid.model_dump(mode="json"), asdict(Classes.of(self.config.data))
+        names, known = labels.pop("names"), checkpoint.provenance()
+        return checkpoint.Meta(network, learner, grid, 0, seed, self.cohorts.digest, names, labels=labels, **known)
 
     @contextmanager
     def _timed(self, kind: str) -> Iterator[None]:

@@ -160,7 +160,8 @@ class Judge:
     def _predict(self, image: torch.Tensor, /, *, dropout: bool = False) -> torch.Tensor:
         if self.predictor is None:
             raise DataError("this ranker looks at images with a network: give --checkpoint")
-        return self.predictor.probability(image, dropout=dropout)
+        probability = self.predictor.probability(image, dropout=dropout)
+        return torch.cat([probability[:, :1], probability[:, 1:].sum(1, keepdim=True)], dim=1)
 
 
 def _look(labels: np.ndarray) -> dict[str, Any]:

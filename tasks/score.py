@@ -28,7 +28,8 @@ from onelabel.configs.schema import (
 from onelabel.configs.streams import PseudoLabelConfig
 from onelabel.errors import SCAN_FAULTS, sentence
 from onelabel.imaging import metrics, outputs, random, synthesis, volume
-from onelabel.imaging.labels import HALF
+from onelabel.imaging.classes import load_target
+from onelabel.imaging.labels import read_probability
 from onelabel.imaging.random import derive
 from onelabel.models import rankers
 from onelabel.models.predictor import Prediction, Predictor, clean, likeliest
@@ -95,6 +96,7 @@ class ScoreTask:
     fitted : checkpoint of the network of each of the ranker's `single_rankers`, or None
     probes : scored with the cohort, if a Dice is to be expected
     pseudo : if probabilities are to be written too
+    structures : their names, if they are several: each has a column of Dice
     """
 
     checkpoint: Path
@@ -104,6 +106,12 @@ class ScoreTask:
     seed: int = 0
     probes: Probes | None = None
     pseudo: Pseudo | None = None
+    structures: tuple[str, ...] = ()
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Of the table of scans, less the scores of a fused ranker's parts."""
+        return pa.schema([*SCHEMA, *(pa.field(metrics.column(name), pa.float64()) for name in self.structures)])
 
     @property
     def columns(self) -> list[str]:
@@ -127,9 +135,9 @@ def score(cohort: Cohort, task: ScoreTask, /, *, compute: ComputeConfig) -> tupl
 
     Returns
     -------
-    One row a scan, by key: `SCHEMA` (the thumbnail is of (8, 8, 8) uint8), and `score_TYPE` of each part of a fused
-    ranker; metrics where the cohort names a truth, null where there is none. And from the probes, what the scores
-    speak for.
+    One row a scan, by key: `SCHEMA` (the thumbnail is of (8, 8, 8) uint8), the Dice of each of several structures, and
+    `score_TYPE` of each part of a fused ranker; metrics where the cohort names a truth, null where there is none. And
+    from the probes, what the scores speak for.
     """
     task.out.mkdir(parents=True, exist_ok=True)
     rows = [
@@ -137,7 +145,7 @@ def score(cohort: Cohort, task: ScoreTask, /, *, compute: ComputeConfig) -> tupl
     ]
     probes = task.probes.config.images if task.probes and task.columns else 0
     rows += [{"key": "", "image": "", "label": "", "probe": number} for number in range(probes)]
-    table, probed = over(rows, Scorer, task, compute=compute, schema=SCHEMA)
+    table, probed = over(rows, Scorer, task, compute=compute, schema=task.schema)
     hard = len(table.filter(pc.and_(pc.is_valid(table["mask"]), pc.is_null(table["probability"]))))
     if task.pseudo and hard:
         log.warning("the probabilities of %d of %d scans hold no structure: their masks stay labels", hard, len(table))
@@ -227,7 +235,7 @@ class Scorer:
         """Score a batch of one row."""
         key, image, label = (str(batch[name][0]) for name in ("key", "image", "label"))
         probe = int(batch["probe"][0])
-        row: dict[str, Any] = dict.fromkeys([*SCHEMA.names, *self.task.columns])
+        row: dict[str, Any] = dict.fromkeys([*self.task.schema.names, *self.task.columns])
         row |= {"key": key, "image": image, "probe": probe}
         try:
             row |= self._score(key, image, label) if probe < 0 else self._probe(probe)
@@ -241,21 +249,21 @@ class Scorer:
         prediction = self.predictor(scan)
         row: dict[str, Any] = {"predict_cpu_s": time.process_time() - begin}
         path = self.task.out / f"{key}.nii.gz"
-        outputs.save(prediction.mask, path, like=image, dtype=np.uint8)
-        mask = prediction.mask.data > 0
+        outputs.save(prediction.mask, path, like=image)
         row |= {
             "mask": str(path),
             "probability": self._pseudo(key, image, prediction),
-            "volume_mm3": metrics.volume_mm3(mask, scan.spacing_mm),
+            "volume_mm3": metrics.volume_mm3(prediction.mask.data, scan.spacing_mm),
         }
         row["thumbnail"] = _thumbnail(prediction.image)
         begin = time.process_time()
         row |= self._rank(prediction.image, prediction.probability)
         row["rank_cpu_s"] = time.process_time() - begin if self.rankers else None
         if label:
-            _, truth = volume.load_labelled(image, label)
-            found = metrics.evaluate(mask, truth.data > 0, scan.spacing_mm)
-            row |= {name: found[name] for name in ("dice", "hd95_mm", "asd_mm", "miss")}
+            classes = self.predictor.classes
+            _, truth = load_target(image, label, classes)
+            found = classes.read(prediction.mask.data, path)
+            row |= metrics.evaluate_classes(found, truth.data, scan.spacing_mm, classes.names)
         return row
 
     def _labeller(self, pseudo: Pseudo, device: str, compute: ComputeConfig) -> PseudoLabeller:
@@ -266,6 +274,7 @@ class Scorer:
             self.predictor.probability,
             earlier=[one.probability for one in earlier],
             autoencoder=autoencoders[0] if pseudo.config.project else None,
+            classes=self.predictor.classes,
         )
 
     def _pseudo(self, key: str, image: str, prediction: Prediction) -> str | None:
@@ -273,7 +282,8 @@ class Scorer:
         if not (self.labeller and self.task.pseudo):
             return None
         found, path = self.labeller(prediction), self.task.pseudo.out / f"{key}.nii.gz"
-        structure = found.data > HALF
+        shares = found.data[None] if found.data.ndim == 3 else np.moveaxis(found.data, -1, 0)
+        structure = read_probability(shares) > 0
         if structure.all() or not structure.any():
             return None
         outputs.save(found, path, like=image)
@@ -294,13 +304,13 @@ class Scorer:
         generator = random.generator(self.task.seed, "probe", number)
         params = synthesis.sample_params(scan, config, spacing_mm=spacing_mm, generator=generator)
         image, label = synthesis.synthesise(scan, params, spacing_mm=spacing_mm)
-        truth = label.numpy() > 0
+        truth = label.numpy()
         if not truth.any():
             return {}  # all of the structure is out of view
         seen = (image.to(self.predictor.device).float() / 255)[None, None]
         probability = self.predictor.probability(seen)
-        mask = clean(likeliest(probability)[0].to(torch.uint8).cpu().numpy())
-        return {"dice": metrics.dice(mask > 0, truth)} | self._rank(seen, probability)
+        mask = clean(likeliest(probability)[0].to(torch.uint8).cpu().numpy(), self.predictor.classes)
+        return {"dice": metrics.mean_dice(mask, truth)} | self._rank(seen, probability)
 
 
 def _thumbnail(image: torch.Tensor) -> bytes:

@@ -17,12 +17,13 @@ import numpy as np
 import ray
 import torch
 
-from onelabel.configs.augmentation import DeformConfig, SynthesisConfig
+from onelabel.configs.augmentation import BinsConfig, DeformConfig, SynthesisConfig
 from onelabel.configs.schema import RunConfig
 from onelabel.configs.streams import StreamConfig
 from onelabel.errors import DataError
 from onelabel.imaging import random
-from onelabel.imaging.labels import BinnedScan, class_table
+from onelabel.imaging.classes import Classes
+from onelabel.imaging.labels import BinnedScan, read_probability
 from onelabel.imaging.prepare import scan_on_grid
 from onelabel.imaging.volume import Grid
 from onelabel.models.learners import Samples
@@ -52,9 +53,9 @@ def sample_bytes(voxels: int, /) -> int:
     return 2 * voxels
 
 
-def scan_bytes(voxels: int, /, *, probability: bool = False) -> int:
-    """What a prepared scan takes there: intensity, class and distance, and the probability of a pseudo-label."""
-    return (4 if probability else 3) * voxels
+def scan_bytes(voxels: int, /, *, probabilities: int = 0) -> int:
+    """What a prepared scan takes there: intensity, class and distance, and the probabilities of a pseudo-label."""
+    return (3 + probabilities) * voxels
 
 
 @dataclass(frozen=True)
@@ -75,13 +76,18 @@ class Ingredient:
 
 @dataclass(frozen=True)
 class Stream:
-    """What a learner reads under one name."""
+    """What a learner reads under one name.
+
+    voxels : of a sample; patch, balance : as in GridConfig
+    """
 
     ingredients: tuple[Ingredient, ...]
     synthesis: SynthesisConfig
     spacing_mm: tuple[float, float, float]
     voxels: int
     seed: int
+    patch: tuple[int, int, int] | None = None
+    balance: float = 0.0
 
 
 def fetch(scan: Any, /) -> BinnedScan:
@@ -111,22 +117,39 @@ def draw(stream: Stream, index: int, /, *, device: str = "cpu", fetch: Callable[
         stream.synthesis,
         spacing_mm=stream.spacing_mm,
         real=ingredient.type == "real",
+        patch=_patch(scan, stream, generator) if stream.patch else None,
         deform_config=ingredient.deform,
         generator=generator,
     )
-    params = replace(params, classes=_classes(ingredient, generator))
+    params = replace(params, target=_target(scan, ingredient, generator))
     image, label = synthesis.synthesise(scan, params, spacing_mm=stream.spacing_mm, device=device)
     return image.cpu().numpy(), label.cpu().numpy(), ingredient.weights[place]
 
 
-def _classes(ingredient: Ingredient, generator: torch.Generator) -> np.ndarray | None:
-    """How a sample reads its scan's probability; None: the label is hard.
+def _patch(scan: BinnedScan, stream: Stream, generator: torch.Generator) -> Any:
+    """A part of a scan: around a voxel of some structure, or anywhere."""
+    from onelabel.imaging.synthesis import Patch
 
-    Soft labels are hard ones above a threshold that is uniform in (0, 1): their mean over samples is the probability.
-    """
-    if ingredient.soft:
-        return class_table(random.uniform(0, 1, generator))
-    return class_table(0.5, ingredient.ignore) if ingredient.ignore else None
+    size, whole = stream.patch, scan.target.shape
+    assert size
+    if random.uniform(0, 1, generator) < stream.balance:
+        wanted = random.integer(1, len(scan.tables) - 1, generator)
+        places = np.flatnonzero(scan.target == wanted)
+        places = places if places.size else np.flatnonzero(scan.target > 0)
+        voxel = np.unravel_index(places[random.integer(0, len(places) - 1, generator)], whole)
+        first = [min(max(int(v) - n // 2, 0), m - n) for v, n, m in zip(voxel, size, whole, strict=True)]
+    else:
+        first = [random.integer(0, m - n, generator) for n, m in zip(size, whole, strict=True)]
+    x, y, z = (start + (n - 1) / 2 for start, n in zip(first, size, strict=True))
+    return Patch(size, (x, y, z))
+
+
+def _target(scan: BinnedScan, ingredient: Ingredient, generator: torch.Generator) -> np.ndarray | None:
+    """How a sample reads its scan's probability; None: the label is hard."""
+    threshold = random.uniform(0, 1, generator) if ingredient.soft else None
+    if scan.probability is None or not (ingredient.soft or ingredient.ignore):
+        return None
+    return read_probability(scan.probability, threshold=threshold, ignore=ingredient.ignore)
 
 
 def _mask_alone(scan: BinnedScan, stream: Stream, ingredient: Ingredient, generator: torch.Generator) -> np.ndarray:
@@ -205,8 +228,8 @@ def prepare(cohort: Cohort, config: RunConfig, /) -> list[Any]:
     """Load, conform and bin all scans of a cohort in parallel; references to BinnedScan, in the cohort's order."""
     grid = Grid(config.grid.spacing_mm, config.grid.size)
     rows = cohort.rows()
-    bins, seed = config.synthesis.bins, config.seed
-    refs = [_prepare.remote(row["image"], row["label"], row["kind"], grid, bins, seed) for row in rows]
+    bins, classes, seed = config.synthesis.bins, Classes.of(config.data), config.seed
+    refs = [_prepare.remote(row["image"], row["label"], row["kind"], grid, bins, classes, seed) for row in rows]
     for row, ref in zip(rows, refs, strict=True):
         try:
             ray.wait([ref], fetch_local=False)
@@ -217,9 +240,11 @@ def prepare(cohort: Cohort, config: RunConfig, /) -> list[Any]:
 
 
 @ray.remote(num_cpus=1)
-def _prepare(image: str, label: str, kind: str, grid: Grid, bins: Any, seed: int) -> BinnedScan:
+def _prepare(
+    image: str, label: str, kind: str, grid: Grid, bins: BinsConfig, classes: Classes, seed: int
+) -> BinnedScan:
     torch.set_num_threads(1)
-    return scan_on_grid(image, label, grid, bins=bins, seed=seed, probability=kind == PROBABILITY)
+    return scan_on_grid(image, label, grid, bins=bins, classes=classes, seed=seed, probability=kind == PROBABILITY)
 
 
 @ray.remote(num_cpus=0)
@@ -245,4 +270,8 @@ def build(
         Ingredient(s.type, s.share, tuple(scans[s.of][0]), tuple(scans[s.of][1]), s.deform, s.soft, s.ignore)
         for s in streams
     ]
-    return Stream(tuple(ingredients), config.synthesis, config.grid.spacing_mm, math.prod(config.grid.size), seed)
+    grid, masks = config.grid, any(s.type == "mask" for s in streams)
+    voxels = math.prod(grid.size if masks else grid.window)
+    return Stream(
+        tuple(ingredients), config.synthesis, grid.spacing_mm, voxels, seed, patch=grid.patch, balance=grid.balance
+    )

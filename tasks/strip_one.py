@@ -23,8 +23,8 @@ class Stripped:
 
     Attributes
     ----------
-    mask : (*size) or (*size, frames) uint8
-        On the scan's own voxel grid.
+    mask : (*size) or (*size, frames)
+        On the scan's own voxel grid; uint8, of labels above 255 a larger type.
     affine : (4, 4), voxel index -> mm, RAS
     volume_ml : float
         Of the mask; of several their mean.
@@ -36,7 +36,7 @@ class Stripped:
     flags : what speaks against it, or should be known of it, in words
     """
 
-    mask: NDArray[np.uint8]
+    mask: NDArray[Any]
     affine: NDArray[np.float64]
     volume_ml: float
     score: float | None

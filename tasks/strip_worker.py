@@ -74,10 +74,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class Segmented:
-    """A volume, its mask (*size) uint8, and what to expect of it."""
+    """A volume, its mask (*size) of label values, mostly uint8, and what to expect of it."""
 
     volume: Volume
-    mask: NDArray[np.uint8]
+    mask: NDArray[Any]
     trust: Trust | None
 
     @property
@@ -140,7 +140,7 @@ class Stripper:
         row = self._try(job)
         return row | {"peak_memory_mb": _peak_memory_mb()}
 
-    def segment_all(self, frames: Iterator[Volume], clock: Clock, /) -> tuple[NDArray[np.uint8], Segmented, float]:
+    def segment_all(self, frames: Iterator[Volume], clock: Clock, /) -> tuple[NDArray[Any], Segmented, float]:
         """Segment and judge the volumes of a scan.
 
         Returns
@@ -221,7 +221,7 @@ class Stripper:
                 with self.out.writing(name) as file:
                     file.write_text(json.dumps(facts, indent=2) + "\n")
         with self.out.writing(job.mask) as file:
-            outputs.save(mask, file, like=like, dtype=np.uint8)
+            outputs.save(mask, file, like=like)
 
 
 def doubtful(flags: Sequence[str], /) -> bool:

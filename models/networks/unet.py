@@ -1,13 +1,15 @@
 """U-Net with an optional strided stem."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from onelabel.configs.schema import UNetConfig
 
-_CONV = {2: nn.Conv2d, 3: nn.Conv3d}
-_TRANSPOSED = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+_CONV: dict[int, Any] = {2: nn.Conv2d, 3: nn.Conv3d}
+_TRANSPOSED: dict[int, Any] = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 _INSTANCE = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
 _BATCH = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 _DROPOUT = {2: nn.Dropout2d, 3: nn.Dropout3d}
@@ -17,17 +19,18 @@ _POOL = {2: F.max_pool2d, 3: F.max_pool3d}
 class UNet(nn.Module):
     """U-Net (Ronneberger 2015) whose stem may step over voxels, so that features live on a coarser grid.
 
-    forward : image (B, 1, *size) -> logits (B, classes, *size); every axis a multiple of `config.divisor`. A 2D network
-    takes volumes too, slice by slice along the last axis.
+    forward : image (B, 1, *size) -> logits (B, classes, *size); each axis a multiple of its one of `config.divisors`. A
+    2D network takes volumes too, slice by slice along the axis `config.across`, by default the last.
     """
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
-        channels, patch = config.channels, config.patch
+        channels, (patch, *self.strides) = config.channels, config.factors
         self.dims, self.pool = config.dims, _POOL[config.dims]
+        self.across = 2 if config.across is None else config.across
         convs = config.convs * len(channels) if len(config.convs) == 1 else config.convs
-        stem = 3 if patch == 1 else patch
-        self.stem = _CONV[config.dims](1, channels[0], stem, stride=patch, padding=int(patch == 1))
+        plain = max(patch) == 1
+        self.stem = _CONV[config.dims](1, channels[0], 3 if plain else patch, stride=patch, padding=int(plain))
         self.down = nn.ModuleList(
             _block(config, channels[max(i - 1, 0)], width, convs[i], drop=i >= len(channels) - 2)
             for i, width in enumerate(channels)
@@ -41,15 +44,16 @@ class UNet(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """Logits of an image."""
         if self.dims == 2 and image.ndim == 5:
-            slices = self(image.movedim(-1, 1).flatten(0, 1))
-            return slices.unflatten(0, (image.shape[0], image.shape[-1])).movedim(1, -1)
+            stack = image.movedim(2 + self.across, 1)
+            slices = self(stack.flatten(0, 1))
+            return slices.unflatten(0, stack.shape[:2]).movedim(1, 2 + self.across)
         features, skips = self.stem(image), []
         for level, block in enumerate(self.down):
-            features = block(self.pool(features, 2) if level else features)
+            features = block(self.pool(features, self.strides[level - 1]) if level else features)
             skips.append(features)
         skips.pop()
-        for block in self.up:
-            features = F.interpolate(features, scale_factor=2, mode="nearest")
+        for block, stride in zip(self.up, reversed(self.strides), strict=True):
+            features = F.interpolate(features, scale_factor=tuple(map(float, stride)), mode="nearest")
             features = block(torch.cat([features, skips.pop()], dim=1))
         logits: Tensor = self.head(features)
         return logits

@@ -20,28 +20,33 @@ class AutoencoderRanker(Ranker):
 
     @torch.inference_mode()
     def score(self, image: Tensor, probability: Tensor, predict: Predict) -> Tensor:
-        """Soft Dice of the foreground between mask and reconstruction: 2 sum(min(m, r)) / (sum(m) + sum(r))."""
+        """Soft Dice between mask and reconstruction, 2 sum(min(m, r)) / (sum(m) + sum(r)), mean of its classes."""
         return torch.stack([self._score(mask) for mask in likeliest(probability)])
 
     @torch.inference_mode()
     def reconstruct(self, mask: Tensor) -> Tensor:
-        """Foreground probability (*size) float32 of the reconstruction of a mask (*size) int.
+        """Probability of each structure (structures, *size) float32 in the reconstruction of a mask (*size) int.
 
         Slices without structure have none.
         """
-        seen = views(mask, self.network.config)
-        share, held = seen[:, 1:].sum(1), seen[:, 1:].flatten(1).any(1)
-        share[held] = self._again(seen[held]).sum(1)
-        return unview(share, mask.shape, self.network.config)
+        share = views(mask, self.network.config)
+        held = share[:, 1:].flatten(1).any(1)
+        share[held, 1:] = self._again(share[held])
+        return torch.stack([unview(part, mask.shape, self.network.config) for part in share[:, 1:].unbind(1)])
 
     def _score(self, mask: Tensor) -> Tensor:
         seen = views(mask, self.network.config)
         seen = seen[seen[:, 1:].flatten(1).any(1)]  # a slice without structure counts neither for nor against a mask
-        given, found = seen[:, 1:], self._again(seen)
-        return 2 * torch.minimum(given, found).sum() / (given.sum() + found.sum()).clamp(min=1)
+        pairs = zip(seen[:, 1:].unbind(1), self._again(seen).unbind(1), strict=True)
+        scores = [_agreement(given, found) for given, found in pairs if given.any()]
+        return torch.stack(scores).mean() if scores else seen.new_zeros(())
 
     def _again(self, seen: Tensor) -> Tensor:
         """Shares of the structures (n, classes - 1, edge, ...) float32 in the reconstruction of views."""
         with torch.autocast(seen.device.type, torch.bfloat16, enabled=self.bf16):
             logits = torch.cat([self.network(part) for part in seen.split(_SLICES)])
         return logits.float().softmax(1)[:, 1:]
+
+
+def _agreement(given: Tensor, found: Tensor) -> Tensor:
+    return 2 * torch.minimum(given, found).sum() / (given.sum() + found.sum()).clamp(min=1)

@@ -33,7 +33,9 @@ class Ranker(ABC):
 
 
 def agreement(one: Tensor, other: Tensor, /) -> Tensor:
-    """Dice of the foreground of two label maps of any equal shape; voxels of different classes do not overlap."""
-    overlap = ((one == other) & (one > 0)).sum()
-    total = (one > 0).sum() + (other > 0).sum()
-    return torch.where((one > 0).any(), 2 * overlap / total.clamp(min=1), 0.0)
+    """Mean Dice of the structures that either of two label maps of any equal shape holds; 0 if the first is empty."""
+    found = []
+    for index in range(1, max(1, int(torch.maximum(one.max(), other.max()))) + 1):
+        mine, others = one == index, other == index
+        found.append(2 * (mine & others).sum() / (mine.sum() + others.sum()))
+    return torch.where((one > 0).any(), torch.stack(found).nanmean(), 0.0)

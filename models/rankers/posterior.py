@@ -17,9 +17,10 @@ class PosteriorRanker(Ranker):
 
     @torch.inference_mode()
     def score(self, image: Tensor, probability: Tensor, predict: Predict) -> Tensor:
-        """Soft Dice of the foreground of mask and mean probability: 2 sum(p m) / (sum(p) + sum(m))."""
+        """Soft Dice of mask and mean probability, 2 sum(p m) / (sum(p) + sum(m)), mean of the mask's structures."""
         mean = torch.stack([predict(image), *seen_by(predict, image, self.views)]).mean(0)[:, 1:]
         label = likeliest(probability)[:, None]
         mask = label == torch.arange(1, probability.shape[1], device=label.device).view(-1, *[1] * (label.ndim - 2))
-        overlap, total = (part.flatten(1).sum(1, dtype=torch.float64) for part in (mean * mask, mean + mask))
-        return torch.where(mask.flatten(1).any(1), 2 * overlap / total, 0.0).float()
+        overlap, total = (part.flatten(2).sum(2, dtype=torch.float64) for part in (mean * mask, mean + mask))
+        scores = torch.where(mask.flatten(2).any(2), 2 * overlap / total, torch.nan)
+        return scores.nanmean(1).nan_to_num(0.0).float()

@@ -101,6 +101,44 @@ def test_the_grid_fits_the_network(size: Any) -> None:
     run(grid={"size": size}, network={"channels": [4], "patch": 1})
 
 
+def test_a_patch_fits_the_network_and_the_grid() -> None:
+    with pytest.raises(ConfigError, match=r"grid.patch \(32, 32, 40\) must be multiples of 16"):
+        run(grid={"size": 64, "patch": [32, 32, 40]})
+    with pytest.raises(ConfigError, match="at most the size"):
+        run(grid={"size": 32, "patch": [32, 32, 48]})
+    run(grid={"size": [63, 64, 65], "patch": [32, 32, 48]})
+
+
+def test_only_the_axes_that_are_pooled_must_fit() -> None:
+    thick = {"spacing_mm": [1.5, 1.5, 10], "size": [32, 32, 12]}
+    assert run(grid=thick).segmenter.divisors == (16, 16, 4)
+    assert run(grid=thick | {"size": [32, 32, 11]}, network={"dims": 2}).segmenter.divisors == (16, 16, 1)
+    with pytest.raises(ConfigError, match=r"multiples of \(16, 16, 4\)"):
+        run(grid=thick | {"size": [32, 32, 11]})
+
+
+def test_classes_are_named_once() -> None:
+    def data(**settings: Any) -> dict[str, Any]:
+        return {"data": {"labelled": "one.nii.gz"} | settings}
+
+    assert run(**data()).segmenter.classes == 2
+    heart = run(**data(classes={1: "ventricle", 2: "wall", 5: "wall"}, ignore=255))
+    assert heart.segmenter.classes == 3 and heart.data.names == ("background", "ventricle", "wall")
+    assert run(**data(classes=["background", "ventricle", "wall"])).data.names == heart.data.names
+    for settings, part in (
+        ({"classes": ["ventricle", "wall"]}, "it is the background"),
+        ({"classes": {}}, "name 1 to"),
+        ({"classes": {1: "wall"}, "ignore": 1}, "cannot be the value of a class"),
+        ({"ignore": 0}, "cannot be the value of a class"),
+    ):
+        with pytest.raises(ConfigError, match=part):
+            run(**data(**settings))
+    with pytest.raises(ConfigError, match="network.classes 4 are not the 2 of data.classes"):
+        run(**data(), network={"classes": 4})
+    with pytest.raises(ConfigError, match="synthesis.bins make up to"):
+        run(**data(classes={index: f"part {index}" for index in range(1, 60)}))
+
+
 def test_a_single_voxel_is_not_normalised() -> None:
     with pytest.raises(ConfigError, match="leaves one voxel to normalise: some axis must exceed 16"):
         run(grid={"size": 16})
@@ -120,7 +158,7 @@ def test_there_are_at_most_255_labels() -> None:
     many = {"bins": {"foreground": 80, "background": [3, 60]}}
     run(synthesis=many)
     with pytest.raises(ConfigError, match="up to 301 labels, more than 255; ask for fewer bins"):
-        run(synthesis=many, network={"classes": 4})
+        run(synthesis=many, data={"labelled": "one.nii.gz", "classes": ["background", "a", "b", "c"]})
 
 
 def test_one_number_stands_for_all_axes() -> None:

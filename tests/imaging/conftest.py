@@ -34,4 +34,4 @@ def scan(head: tuple[np.ndarray, np.ndarray]) -> BinnedScan:
 def graded(scan: BinnedScan) -> BinnedScan:
     """The head with a probability that falls off across the edge of its brain."""
     probability = np.rint(255 * gaussian_filter((scan.target > 0).astype(float), 1.2)).astype(np.uint8)
-    return replace(scan, probability=probability, target=(probability > HALF).astype(np.int8))
+    return replace(scan, probability=probability[None], target=(probability > HALF).astype(np.int8))

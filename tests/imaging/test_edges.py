@@ -49,5 +49,14 @@ def test_an_edge_moves_by_as_much_as_it_is_told(mm: float) -> None:
 def test_labels_that_stay_keep_their_value() -> None:
     labels = blob().astype(np.uint8) * 2
     moved = move(labels, 1.0, SPACING)
-    assert set(np.unique(moved)) == {0, 1, 2}
-    np.testing.assert_array_equal(moved == 2, labels == 2)
+    assert set(np.unique(moved)) == {0, 2}
+    np.testing.assert_array_equal(moved > 0, move(blob().astype(np.uint8), 1.0, SPACING) > 0)
+
+
+def test_what_joins_gets_the_label_next_to_it() -> None:
+    labels = np.zeros((9, 9, 9), np.uint16)
+    labels[2:5, 2:7, 2:7], labels[5:7, 2:7, 2:7] = 300, 4
+    wide = move(labels, 1.0, (1, 1, 1))
+    assert wide[1, 4, 4] == 300 and wide[7, 4, 4] == 4 and wide[3, 1, 4] == 300 and wide[6, 1, 4] == 4
+    assert np.array_equal(wide > 0, move((labels > 0).astype(np.uint8), 1.0, (1, 1, 1)) > 0)
+    assert np.array_equal(wide[labels > 0], labels[labels > 0])

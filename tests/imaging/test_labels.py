@@ -6,7 +6,17 @@ import pytest
 
 from onelabel.configs.augmentation import BinsConfig
 from onelabel.errors import DataError
-from onelabel.imaging.labels import AIR, HALF, IGNORE, LEVELS, BinnedScan, bin_scan, class_table, label_map, label_table
+from onelabel.imaging.labels import (
+    AIR,
+    HALF,
+    IGNORE,
+    LEVELS,
+    BinnedScan,
+    bin_scan,
+    label_map,
+    label_table,
+    read_probability,
+)
 
 METHODS = get_args(BinsConfig.model_fields["method"].annotation)
 SPACING_MM = (3.0, 2.5, 4.0)
@@ -197,25 +207,63 @@ def test_the_table_covers_every_class_and_level(scan: BinnedScan) -> None:
     assert np.array_equal(table[code], label_map(scan, (5, 4)))
 
 
+EVERY = np.arange(LEVELS, dtype=np.uint8)[None]  # probabilities (1, 256) of one structure
+
+
+def shares() -> np.ndarray:
+    """Probabilities (3, 5000) uint8 of three structures, the background's what is missing to 255."""
+    drawn = np.random.default_rng(0).dirichlet((0.5, 0.5, 0.5, 0.5), 5000).T
+    return np.floor(255 * drawn[1:]).astype(np.uint8)
+
+
 def test_one_half_parts_the_levels_of_a_probability() -> None:
-    classes = class_table()
+    classes = read_probability(EVERY)
     assert (classes.shape, classes.dtype) == ((LEVELS,), np.int8)
     assert np.array_equal(classes, np.arange(LEVELS) > HALF)
 
 
-def test_the_mean_class_over_thresholds_is_the_probability() -> None:
-    thresholds = (np.arange(5100) + 0.5) / 5100
-    mean = np.mean([class_table(threshold) for threshold in thresholds], axis=0)
-    assert np.abs(mean - np.arange(LEVELS) / 255).max() < 1e-3
-    assert class_table(0.0).tolist() == [0] + [1] * 255 and not class_table(1.0).any()
+@pytest.mark.parametrize("probability", [EVERY, shares()], ids=["one", "several"])
+def test_the_share_of_a_class_over_thresholds_is_its_probability(probability: np.ndarray) -> None:
+    thresholds = (np.arange(2550) + 0.5) / 2550
+    drawn = [read_probability(probability, threshold=threshold) for threshold in thresholds]
+    for index, share in enumerate(probability / 255, start=1):
+        assert np.abs(np.mean([classes == index for classes in drawn], axis=0) - share).max() < 1e-3
+    assert np.array_equal(read_probability(probability, threshold=0.0) > 0, probability.any(0))
+    assert not read_probability(probability, threshold=1.0).any()
 
 
-@pytest.mark.parametrize("ignore", [(0.2, 0.8), (0.6, 0.9), (0.0, 1.0), (0.5, 0.5)])
-def test_what_is_ignored_is_unknown_but_keeps_its_class(ignore: tuple[float, float]) -> None:
-    classes, plain = class_table(0.5, ignore), class_table()
-    share = np.arange(LEVELS) / 255
-    between = (ignore[0] < share) & (share < ignore[1])
+def test_of_several_classes_the_likeliest_is_taken() -> None:
+    probability = shares()
+    classes = read_probability(probability)
     assert classes.dtype == np.int8
-    assert np.array_equal(np.maximum(classes, IGNORE) == IGNORE, between)
+    assert np.array_equal(classes, np.vstack([255 - probability.sum(0, dtype=int), probability]).argmax(0))
+
+
+@pytest.mark.parametrize("probability", [EVERY, shares()], ids=["one", "several"])
+@pytest.mark.parametrize("ignore", [(0.2, 0.8), (0.6, 0.9), (0.0, 1.0), (0.5, 0.5)])
+def test_what_is_ignored_is_unknown_but_keeps_its_class(ignore: tuple[float, float], probability: np.ndarray) -> None:
+    classes, plain = read_probability(probability, ignore=ignore), read_probability(probability)
+    between = (probability.sum(0, dtype=int) / 255 > ignore[0]) & (probability.max(0) / 255 < ignore[1])
+    assert classes.dtype == np.int8
     assert np.array_equal(np.maximum(classes, ~classes), plain)
+    assert np.array_equal(classes < 0, between)
     assert np.array_equal(classes[~between], plain[~between])
+
+
+def test_bins_stay_within_their_class() -> None:
+    rng = np.random.default_rng(0)
+    target = rng.integers(0, 4, (16, 16, 16))
+    image = rng.random(target.shape, np.float32)
+    scan = bin_scan(image, target, spacing_mm=(1, 1, 1), config=BinsConfig(), classes=4)
+    labels = label_map(scan, (5, 2, 3, 4))
+    kept = [set(np.unique(labels[target == index]).tolist()) for index in range(4)]
+    assert kept == [set(range(6)), {6, 7}, {8, 9, 10}, {11, 12, 13, 14}]
+
+
+def test_what_is_unknown_may_be_structure() -> None:
+    target = np.zeros((9, 9, 9), np.int32)
+    target[3:6, 3:6, 3:6], target[6:] = 1, IGNORE
+    image = np.random.default_rng(0).random(target.shape, np.float32)
+    scan = bin_scan(image, target, spacing_mm=(2, 2, 2), config=BinsConfig())
+    assert np.array_equal(scan.distance_mm < 0, target != 0)
+    assert np.array_equal(scan.target, target)

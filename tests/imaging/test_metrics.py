@@ -2,7 +2,18 @@ import numpy as np
 import pytest
 
 from onelabel.errors import DataError
-from onelabel.imaging.metrics import asd, dice, evaluate, hd95, jaccard, usual_volume, volume_mm3
+from onelabel.imaging.labels import IGNORE
+from onelabel.imaging.metrics import (
+    asd,
+    dice,
+    evaluate,
+    evaluate_classes,
+    hd95,
+    jaccard,
+    mean_dice,
+    usual_volume,
+    volume_mm3,
+)
 
 SPACING = (1.0, 2.0, 3.0)
 
@@ -120,3 +131,26 @@ def test_a_usual_volume_is_near_the_median() -> None:
     assert usual_volume([1000.0] * 9 + [10.0]) == (1000, 300)
     middle, far = usual_volume([1000.0 + 100 * step for step in range(-4, 5)])
     assert (middle, far) == (1000, pytest.approx(3.5 * 1.4826 * 200))
+
+
+def test_several_structures_count_alike() -> None:
+    rng = np.random.default_rng(0)
+    truth, pred = rng.integers(0, 3, (8, 9, 10)), rng.integers(0, 3, (8, 9, 10))
+    pred[truth == 2] = 2
+    truth[0] = IGNORE
+    found = evaluate_classes(pred, truth, (1, 2, 3), ("background", "a b", "c", "absent"))
+    known = truth != IGNORE
+    each = [dice((pred == index) & known, truth == index) for index in (1, 2)]
+    assert found["dice_a_b"] == each[0] and found["dice_c"] == each[1] and "dice_absent" not in found
+    assert found["dice"] == pytest.approx(np.mean(each)) and not found["miss"]
+    assert found["dice"] == pytest.approx(mean_dice(np.where(known, pred, 0), truth))
+    assert evaluate_classes(np.where(pred == 1, 0, pred), truth, (1, 2, 3), ("background", "a", "c"))["miss"]
+
+
+def test_one_structure_is_measured_as_ever() -> None:
+    rng = np.random.default_rng(1)
+    truth, pred = rng.integers(0, 2, (8, 9, 10)), rng.integers(0, 2, (8, 9, 10))
+    plain = evaluate(pred, truth, (1, 2, 3))
+    found = evaluate_classes(pred, truth, (1, 2, 3), ("background", "foreground"))
+    assert found == {name: plain[name] for name in ("dice", "hd95_mm", "asd_mm", "miss")}
+    assert mean_dice(pred, truth) == plain["dice"]

@@ -57,11 +57,11 @@ def test_a_probability_comes_along(head: Head, spacing: tuple[float, float, floa
     grid = Grid(spacing, head[0].shape if spacing == (3.0, 2.5, 4.0) else GRID.size)
     scan = scan_on_grid(*paths, grid, bins=BinsConfig(), seed=0, probability=True)
     assert scan.probability is not None
-    assert (scan.probability.shape, scan.probability.dtype) == (grid.size, np.uint8)
-    assert np.array_equal(scan.target, scan.probability > HALF)
+    assert (scan.probability.shape, scan.probability.dtype) == ((1, *grid.size), np.uint8)
+    assert np.array_equal(scan.target, scan.probability[0] > HALF)
     if grid.size == head[0].shape:
-        assert np.array_equal(scan.probability, np.rint(255 * share))
-    inside = scan.probability[scan.distance_mm < -8]
+        assert np.array_equal(scan.probability[0], np.rint(255 * share))
+    inside = scan.probability[0, scan.distance_mm < -8]
     assert inside.size and inside.mean() > 0.8 * 255
     # As a label map it would be structure everywhere.
     with pytest.raises(DataError, match="labels every voxel"):

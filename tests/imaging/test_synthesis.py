@@ -308,3 +308,35 @@ def test_synthesis_does_not_wait_for_the_gpu(scan: BinnedScan) -> None:
             synthesis.in_torch(scan, one, spacing_mm=SPACING_MM, device=device)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+# Patches
+
+
+def patch_of(size: tuple[int, int, int], first: tuple[int, int, int]) -> synthesis.Patch:
+    x, y, z = (start + (n - 1) / 2 for start, n in zip(first, size, strict=True))
+    return synthesis.Patch(size, (x, y, z))
+
+
+@pytest.mark.parametrize(
+    ("size", "first"), [((8, 10, 6), (3, 9, 5)), ((20, 5, 16), (0, 2, 0)), ((9, 7, 5), (0, 17, 11))]
+)
+@ENGINES
+def test_a_patch_is_what_the_scan_shows_there(
+    scan: BinnedScan, size: tuple[int, int, int], first: tuple[int, int, int], engine: str
+) -> None:
+    image, label = drawn(scan, params(scan, plain(), real=True, patch=patch_of(size, first)), engine)
+    place = tuple(slice(a, a + n) for a, n in zip(first, size, strict=True))
+    assert image.shape == label.shape == size
+    assert np.array_equal(label.numpy(), scan.target[place])
+    assert np.abs(image.numpy() - scan.levels[place] / 255).max() <= 1.01 / 255
+
+
+def test_both_engines_make_the_same_patch(scan: BinnedScan) -> None:
+    same, close = [], []
+    for seed in range(10):
+        chosen = params(scan, SynthesisConfig(), seed, patch=patch_of((12, 10, 8), (4, 8, 3)))
+        (image, label), (twin, twin_label) = (drawn(scan, chosen, engine) for engine in ("compiled", "torch"))
+        same.append((label == twin_label).float().mean())
+        close.append(((image - twin).abs() <= 0.01).float().mean())
+    assert np.mean(same) >= 0.999 and np.mean(close) >= 0.999

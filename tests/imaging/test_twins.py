@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from onelabel.configs.augmentation import AugmentConfig, BinsConfig, DeformConfig, SynthesisConfig
 from onelabel.imaging import augment, deform, synthesis
 from onelabel.imaging.augment import Spread
-from onelabel.imaging.labels import IGNORE, BinnedScan, bin_scan, class_table
+from onelabel.imaging.labels import IGNORE, BinnedScan, bin_scan, read_probability
 
 SPACING_MM = (3.0, 2.5, 4.0)
 CPU = torch.device("cpu")
@@ -209,30 +209,32 @@ def test_the_torch_engine_never_waits_for_its_device(scan: BinnedScan, real: boo
 # Probabilities
 
 
-def read(scan: BinnedScan, classes: np.ndarray | None, seed: int, engine: str, *, real: bool) -> tuple[Any, Any]:
+def read(scan: BinnedScan, how: dict[str, Any] | None, seed: int, engine: str, *, real: bool) -> tuple[Any, Any]:
     """One pair, and all else drawn alike."""
     config = SynthesisConfig.model_validate({"strip": {"probability": 0.5}})
     source = torch.Generator().manual_seed(seed)
     params = synthesis.sample_params(scan, config, spacing_mm=SPACING_MM, real=real, generator=source)
-    params = replace(params, classes=classes)
+    if how is not None and scan.probability is not None:
+        params = replace(params, target=read_probability(scan.probability, **how))
     if engine == "torch":
         return synthesis.in_torch(scan, params, spacing_mm=SPACING_MM, device=CPU)
     return synthesis.synthesise(scan, params, spacing_mm=SPACING_MM)
 
 
 @pytest.mark.parametrize("real", [False, True])
-@pytest.mark.parametrize("classes", [class_table(0.1), class_table(0.9), class_table(0.5, (0.1, 0.8))])
-def test_both_engines_read_probabilities_alike(graded: BinnedScan, classes: np.ndarray, real: bool) -> None:
+@pytest.mark.parametrize("how", [{"threshold": 0.1}, {"threshold": 0.9}, {"ignore": (0.1, 0.8)}], ids=str)
+def test_both_engines_read_probabilities_alike(graded: BinnedScan, how: dict[str, Any], real: bool) -> None:
     same, close, seen = [], [], set()
     for seed in range(30):
-        image, label = read(graded, classes, seed, "compiled", real=real)
-        twin, twin_label = read(graded, classes, seed, "torch", real=real)
+        image, label = read(graded, how, seed, "compiled", real=real)
+        twin, twin_label = read(graded, how, seed, "torch", real=real)
         same.append((label == twin_label).float().mean())
         close.append(((image / 255 - twin).abs() <= 0.01).float().mean())
         seen |= set(label.unique().tolist()) | set(twin_label.unique().tolist())
     assert np.mean(same) >= 0.9999
     assert np.mean(close) >= 0.999
-    assert seen == set(np.maximum(classes, IGNORE).tolist())
+    assert graded.probability is not None
+    assert seen == set(np.maximum(read_probability(graded.probability, **how), IGNORE).flatten().tolist())
 
 
 @pytest.mark.parametrize("real", [False, True])
@@ -240,8 +242,8 @@ def test_both_engines_read_probabilities_alike(graded: BinnedScan, classes: np.n
 def test_a_threshold_makes_the_mask_that_it_leaves(graded: BinnedScan, engine: str, real: bool) -> None:
     assert graded.probability is not None
     for seed, threshold in enumerate((0.05, 0.5, 0.95)):
-        hard = replace(graded, target=(graded.probability > 255 * threshold).astype(np.int8), probability=None)
-        one = read(graded, class_table(threshold), seed, engine, real=real)
+        hard = replace(graded, target=(graded.probability[0] > 255 * threshold).astype(np.int8), probability=None)
+        one = read(graded, {"threshold": threshold}, seed, engine, real=real)
         other = read(hard, None, seed, engine, real=real)
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(one, other, strict=True))
 
@@ -251,15 +253,9 @@ def test_a_threshold_makes_the_mask_that_it_leaves(graded: BinnedScan, engine: s
 def test_what_is_ignored_keeps_its_look(graded: BinnedScan, engine: str, real: bool) -> None:
     unknown = 0
     for seed in range(8):
-        image, label = read(graded, class_table(0.5, (0.2, 0.8)), seed, engine, real=real)
+        image, label = read(graded, {"ignore": (0.2, 0.8)}, seed, engine, real=real)
         plain, hard = read(graded, None, seed, engine, real=real)
         assert torch.equal(image, plain)
         assert torch.equal(label[label != IGNORE], hard[label != IGNORE])
         unknown += int((label == IGNORE).sum())
     assert unknown
-
-
-def test_a_hard_label_is_read_in_one_way(scan: BinnedScan) -> None:
-    for engine in ("compiled", "torch"):
-        one, other = (read(scan, classes, 3, engine, real=False) for classes in (class_table(0.9), None))
-        assert all(torch.equal(ours, theirs) for ours, theirs in zip(one, other, strict=True))

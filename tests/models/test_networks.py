@@ -42,6 +42,48 @@ def test_a_unet_gives_logits_of_the_images_size(dims: Any, norm: Any, patch: int
     assert [name for name in unused(network) if name.endswith("weight")] == []
 
 
+@pytest.mark.parametrize(
+    ("spacing", "dims", "divisors"),
+    [
+        ((2.0, 2.0, 2.0), 3, (8, 8, 8)),
+        ((1.0, 1.5, 1.9), 3, (8, 8, 8)),
+        ((1.5, 1.5, 10.0), 3, (8, 8, 2)),
+        ((0.8, 3.0, 0.8), 3, (8, 4, 8)),
+        ((1.5, 1.5, 10.0), 2, (8, 8, 1)),
+        ((6.0, 1.0, 1.0), 2, (1, 8, 8)),
+        ((2.0, 2.0, 2.0), 2, (8, 8, 1)),
+    ],
+)
+def test_short_axes_are_pooled_first(spacing: Any, dims: Any, divisors: tuple[int, ...]) -> None:
+    config = UNetConfig(dims=dims, channels=(4, 8, 8), norm="none").on(spacing, classes=3)
+    assert config.divisors == divisors and config.classes == 3
+    network = networks.build(config)
+    size = [2 * divisor for divisor in divisors]
+    logits = network(torch.rand(1, 1, *size))
+    assert logits.shape == (1, 3, *size)
+    assert without_gradient(network, logits) == [] and unused(network) == []
+
+
+def test_equal_axes_leave_the_network_as_it_is() -> None:
+    config = UNetConfig(channels=(4, 8, 8))
+    assert config.on((2.0, 2.0, 2.5), classes=2) == config
+    own = UNetConfig(channels=(4, 8), pools=((2, 2, 1), (1, 2, 2)))
+    assert own.on((1.0, 1.0, 9.0), classes=2) == own and own.divisors == (2, 4, 2)
+    with pytest.raises(ValueError, match="pools .* must be 3"):
+        UNetConfig(channels=(4, 8, 12), pools=((1, 2, 2),))
+
+
+@pytest.mark.parametrize("across", [0, 1, 2])
+def test_slices_are_seen_one_by_one(across: Any) -> None:
+    network = networks.build(UNetConfig(dims=2, channels=(4, 8), across=across)).eval()
+    image = torch.rand(1, 1, 8, 8, 8)
+    with torch.no_grad():
+        logits = network(image)
+        for place in range(8):
+            one = network(image.select(2 + across, place))
+            assert torch.allclose(logits.select(2 + across, place), one, atol=1e-5)
+
+
 @pytest.mark.parametrize("convs", [1, 2])
 @pytest.mark.parametrize("channels", [(8,), (4, 8), (4, 8, 12, 16)])
 def test_any_depth(convs: int, channels: tuple[int, ...]) -> None:

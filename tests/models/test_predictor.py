@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import permutations, product
 from pathlib import Path
 
@@ -11,12 +12,13 @@ from torch import nn
 
 from onelabel.configs.schema import UNetConfig
 from onelabel.errors import CheckpointError
+from onelabel.imaging.classes import Classes
 from onelabel.imaging.metrics import dice
 from onelabel.imaging.volume import Volume
 from onelabel.models import checkpoint
 from onelabel.models.checkpoint import Meta
 from onelabel.models.networks.unet import UNet
-from onelabel.models.predictor import Predictor, clean, likeliest
+from onelabel.models.predictor import Predictor, classes_of, clean, likeliest
 
 ORIENTATIONS = [
     np.array([[sign * (axis == column) for axis in range(3)] for sign, column in zip(signs, order, strict=True)])
@@ -146,6 +148,66 @@ def test_cleaning_keeps_classes() -> None:
     cleaned = clean(mask)
     assert np.array_equal(cleaned[:10], mask[:10])
     assert not cleaned[11].any()
+
+
+def test_each_class_is_one_piece() -> None:
+    several = Classes(("background", "a", "b"), ((0,), (5,), (9,)))
+    mask = np.zeros((16, 16, 16), np.uint8)
+    mask[1:5, 1:5, 1:5] = 1
+    mask[8:15, 8:15, 8:15] = 2
+    mask[11, 11, 11] = 1  # in the midst of the other
+    mask[10, 10, 10] = 0  # a hole
+    mask[1:3, 12:14, 1:3] = 2
+    cleaned = clean(mask, several)
+    expected = np.zeros_like(mask)
+    expected[1:5, 1:5, 1:5], expected[8:15, 8:15, 8:15] = 1, 2
+    assert np.array_equal(cleaned, expected)
+    together = clean(mask, replace(several, largest="all"))
+    expected[1:5, 1:5, 1:5], expected[11, 11, 11] = 0, 1
+    assert np.array_equal(together, expected)
+
+
+def test_the_likeliest_class_is_taken() -> None:
+    share = np.array([[0.3, 0.4, 0.2, 0.6], [0.3, 0.35, 0.1, 0.0]], np.float32)
+    assert classes_of(share).tolist() == [0, 1, 0, 1]
+    one = np.random.default_rng(0).random((1, 1000), np.float32)
+    assert np.array_equal(classes_of(one), np.vstack([1 - one, one]).argmax(0))
+
+
+def test_masks_hold_the_values_of_the_labelled_scans(tmp_path: Path) -> None:
+    config = UNetConfig(channels=(4,), patch=1, classes=4)
+    grid = {"spacing_mm": [4.0, 4.0, 4.0], "size": [8, 8, 8]}
+    values = {"values": [[0], [40], [7, 8], [300]], "ignore": 255, "largest": "all"}
+    meta = Meta(config.model_dump(mode="json"), "", grid, 0, 0, "", ("background", "a", "b", "c"), labels=values)
+    checkpoint.save(tmp_path / "c", UNet(config), meta)
+    predictor = Predictor(tmp_path / "c", precision="float32")
+    assert predictor.classes == Classes(("background", "a", "b", "c"), ((0,), (40,), (7, 8), (300,)), 255, "all")
+    image = np.random.default_rng(0).random((8, 8, 8), np.float32)
+    found = predictor(Volume(image, np.diag([4.0, 4.0, 4.0, 1.0]))).mask.data
+    assert found.dtype == np.uint16
+    assert set(np.unique(found)) <= {0, 40, 7, 300}
+
+
+def test_windows_find_what_the_whole_shows(bright: Predictor, tmp_path: Path) -> None:
+    scan = scan_of(np.eye(3))
+    meta = replace(bright.meta, grid=bright.meta.grid | {"patch": [16, 12, 8], "balance": 0.5})
+    checkpoint.save(tmp_path / "c", bright.network, meta)
+    sliding = Predictor(tmp_path / "c", precision="float32")
+    assert sliding.window == (16, 12, 8) and bright.window is None
+    one, other = bright(scan), sliding(scan)
+    assert torch.allclose(one.probability, other.probability, atol=1e-5)
+    assert np.array_equal(one.mask.data, other.mask.data)
+
+
+def test_a_network_over_slices_sees_them_all(tmp_path: Path) -> None:
+    config = UNetConfig(dims=2, channels=(4, 4), patch=1, across=0)
+    grid = {"spacing_mm": [9.0, 2.0, 2.0], "size": [11, 16, 16], "patch": [4, 16, 16]}
+    checkpoint.save(tmp_path / "c", UNet(config), Meta(config.model_dump(mode="json"), "supervised", grid, 0, 0, ""))
+    predictor = Predictor(tmp_path / "c", precision="float32")
+    assert predictor.window == (11, 16, 16)
+    image = torch.rand(1, 1, 11, 16, 16)
+    assert torch.allclose(predictor.probability(image)[:, :, 3:4], predictor.probability(image[:, :, 3:4]), atol=1e-5)
+    assert torch.equal(predictor.probability(image), predictor.network(image).softmax(1))
 
 
 @pytest.mark.parametrize("value", [0, 1])

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from onelabel.configs.schema import AutoencoderNetworkConfig
 from onelabel.configs.streams import PseudoLabelConfig, ViewsConfig
+from onelabel.imaging.classes import Classes
+from onelabel.imaging.labels import read_probability
 from onelabel.imaging.volume import Volume
 from onelabel.models import networks
 from onelabel.models.networks.autoencoder import Autoencoder, views
@@ -48,7 +50,7 @@ def prediction_of(image: Tensor, *, native: Sequence[int] = SIZE) -> Prediction:
 def test_by_itself_it_is_the_present_networks_probability() -> None:
     image = image_of()
     found = PseudoLabeller(PseudoLabelConfig(), says(1.0)).on_grid(prediction_of(image))
-    assert torch.equal(found, image[0, 0])
+    assert torch.equal(found, image[0])
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -60,8 +62,8 @@ def test_it_is_the_mean_over_networks_and_views(count: int, seen: ViewsConfig | 
     if seen:
         passes += [each for predict in NETWORKS[:count] for each in seen_by(predict, image, sample_views(seen))]
     found = labeller.on_grid(prediction_of(image))
-    assert torch.allclose(found, torch.stack(passes).mean(0)[0, 1], atol=1e-6)
-    assert found.shape == SIZE
+    assert torch.allclose(found, torch.stack(passes).mean(0)[0, 1:], atol=1e-6)
+    assert found.shape == (1, *SIZE)
 
 
 class Eroding(Autoencoder):
@@ -91,14 +93,14 @@ def test_a_projected_mask_is_what_the_autoencoder_says() -> None:
     assert mask.any()
     # Slices run along the last axis, so the last axis of a slice is the second of the volume.
     expected = (mask & mask.roll(1, 1)).float()
-    assert torch.equal(labeller.on_grid(prediction_of(image)), expected)
+    assert torch.equal(labeller.on_grid(prediction_of(image))[0], expected)
 
 
 def test_a_fitted_autoencoder_is_asked_as_the_ranker_asks_it() -> None:
     network = networks.build(AutoencoderNetworkConfig(size=64, width=4, latent=4, pool=1)).eval()
     assert isinstance(network, Autoencoder)
     mask = (image_of()[0, 0] > 0.5).long()
-    found = AutoencoderRanker(network).reconstruct(mask)
+    found = AutoencoderRanker(network).reconstruct(mask)[0]
     with torch.no_grad():
         again = network(views(mask, network.config)).softmax(1)[2:7, 1, 26:38, 25:39]
     assert ((again > 0) & (again < 1)).all()
@@ -110,7 +112,7 @@ def test_a_fitted_autoencoder_is_asked_as_the_ranker_asks_it() -> None:
 @pytest.mark.parametrize("size", [(12, 14, 9), (33, 7, 64), (64, 63, 62), (31, 30, 29)])
 def test_reconstructions_lie_where_the_mask_does(dims: int, size: tuple[int, ...]) -> None:
     mask = (torch.rand(size, generator=torch.Generator().manual_seed(0)) > 0.5).long()
-    assert torch.allclose(AutoencoderRanker(Sharing(small(dims=dims))).reconstruct(mask), mask.float(), atol=1e-6)
+    assert torch.allclose(AutoencoderRanker(Sharing(small(dims=dims))).reconstruct(mask)[0], mask.float(), atol=1e-6)
 
 
 @pytest.mark.parametrize("dims", [2, 3])
@@ -120,7 +122,7 @@ def test_blocks_come_back_where_they_were(dims: int, pool: int, size: tuple[int,
     place = torch.stack(torch.meshgrid(*[torch.arange(float(n)) for n in size], indexing="ij"))
     centre = torch.tensor([20.3, 19.0, 21.7])[:, None, None, None]
     mask = ((place - centre).norm(dim=0) < 14).long()
-    found = AutoencoderRanker(Sharing(small(dims=dims, pool=pool))).reconstruct(mask)
+    found = AutoencoderRanker(Sharing(small(dims=dims, pool=pool))).reconstruct(mask)[0]
     assert found.shape == size and 0 <= found.min() and found.max() <= 1
     assert agreement(mask, (found > 0.5).long()) > 0.97
     weighed = (place * found).flatten(1).sum(1) / found.sum()
@@ -152,3 +154,43 @@ def test_where_two_networks_differ_is_no_structure() -> None:
     image = (image_of() > 0.5).float()
     found = PseudoLabeller(PseudoLabelConfig(), says(1.0), earlier=[says(0.0)])(prediction_of(image)).data
     assert set(np.unique(found)) == {0, 127}
+
+
+NAMES = Classes(("background", "a", "b", "c"), ((0,), (1,), (2,), (3,)))
+
+
+def three(image: Tensor, /, *, dropout: bool = False) -> Tensor:
+    """A network that parts what it sees along the first axis into three structures."""
+    parts = torch.zeros(1, 3, *SIZE)
+    parts[:, 0, :5], parts[:, 1, 5:7], parts[:, 2, 7:] = image[0, :, :5], image[0, :, 5:7], image[0, :, 7:]
+    return torch.cat([1 - parts.sum(1, keepdim=True), parts], dim=1)
+
+
+def test_of_several_structures_each_has_its_probability() -> None:
+    image = image_of()
+    image[0, 0, 1, 3, 0] = 0.4  # no structure
+    image[0, 0, 1, 1, 0] = 0.9  # an island
+    affine = np.eye(4)
+    prediction = Prediction(Volume(np.zeros(SIZE, np.uint8), affine), image, three(image), affine)
+    found = PseudoLabeller(PseudoLabelConfig(), three, classes=NAMES)(prediction).data
+    assert found.shape == (*SIZE, 3) and found.dtype == np.uint8
+    target = read_probability(np.moveaxis(found, -1, 0))
+    assert [np.unique(target[part]).tolist() for part in (slice(5), slice(5, 7), slice(7, None))] == [
+        [0, 1],
+        [0, 2],
+        [0, 3],
+    ]
+    assert found[1, 1, 0].tolist() == [0, 0, 0] and found[1, 3, 0].tolist() == [102, 0, 0]
+    inside = image[0, 0].numpy() > 0.5
+    inside[1, 1, 0] = False
+    assert np.array_equal(target > 0, inside)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_reconstructions_keep_classes(dims: int) -> None:
+    config = AutoencoderNetworkConfig.model_validate({"size": 64, "width": 1, "latent": 1, "pool": 1} | {"dims": dims})
+    config = config.model_copy(update={"classes": 4})
+    mask = torch.randint(0, 4, (20, 14, 9), generator=torch.Generator().manual_seed(0))
+    found = AutoencoderRanker(Sharing(config)).reconstruct(mask)
+    assert found.shape == (3, 20, 14, 9)
+    assert torch.equal(torch.cat([torch.full_like(found[:1], 0.5), found]).argmax(0), mask)

@@ -289,3 +289,58 @@ def test_the_posterior_averages_over_views() -> None:
     image[:, :, 10:] *= 0.1
     config = PosteriorRankerConfig(contrast=0.3, flip_axes=(0,), rotate_deg=10, passes=6)
     assert 0 < judged(image, mask_of(), config) < judged(mask_of() * 0.9, mask_of(), config) <= 1
+
+
+# Several structures
+
+
+def several(*values: int) -> Tensor:
+    """Probabilities (1, 4, *SIZE), sure of a class in each slab along the second axis, four voxels thick."""
+    label = torch.tensor(values).repeat_interleave(4).view(1, 1, -1, 1).expand(1, *SIZE)
+    return torch.stack([label == index for index in range(4)], dim=1).float()
+
+
+def test_agreement_is_the_mean_over_structures() -> None:
+    one, other = several(0, 1, 2, 2, 2, 2, 0).argmax(1)[0], several(0, 1, 1, 2, 2, 2, 0).argmax(1)[0]
+    assert float(agreement(one, one)) == 1
+    assert float(agreement(one, other)) == pytest.approx((2 / 3 + 6 / 7) / 2)
+    assert float(agreement(one, several(0, 1, 2, 2, 2, 2, 3).argmax(1)[0])) == pytest.approx(2 / 3)
+    assert float(agreement(torch.zeros_like(one), one)) == 0
+
+
+class Confusing(Autoencoder):
+    """Takes all of the third class for the second."""
+
+    def forward(self, mask: Tensor) -> Tensor:
+        again = torch.stack([mask[:, 0], mask[:, 1], mask[:, 2] + mask[:, 3], torch.zeros_like(mask[:, 3])], dim=1)
+        return 99 * again
+
+
+def test_every_ranker_sees_each_class() -> None:
+    image, sure = torch.zeros(1, 1, *SIZE), several(0, 1, 1, 1, 2, 3, 0)
+
+    def steady(image: Tensor, /, *, dropout: bool = False) -> Tensor:
+        return sure
+
+    config = AutoencoderNetworkConfig(pool=1, size=64, width=1, latent=1, classes=4)
+    again = AutoencoderRanker(Confusing(config)).score(image, sure, steady)
+    assert float(again[0]) == pytest.approx((1 + 2 / 3 + 0) / 3, abs=1e-5)
+    # What is unsure between two structures counts as much as what is unsure of the structure itself.
+    for ranker in (ConfidenceRanker(ConfidenceRankerConfig()), PosteriorRanker(STILL)):
+        unsure = sure.clone()
+        unsure[:, 1:3, :, 12:20] = 0.5
+        unsure[:, [0, 3], :, 12:20] = 0
+        scores = [float(ranker.score(image, given, lambda *_, given=given, **__: given)[0]) for given in (sure, unsure)]
+        assert scores[0] == pytest.approx(1) and scores[1] < 0.95
+
+
+def test_one_structure_scores_as_before_whatever_the_others() -> None:
+    # Two classes of which the second has no voxel score like one.
+    ball = mask_of().float() * 0.8
+    two = torch.stack([1 - ball, ball])[None]
+    three = torch.cat([two, torch.zeros(1, 1, *SIZE)], dim=1)
+    image = ball[None, None]
+    for given in (two, three):
+        ranker = PosteriorRanker(STILL)
+        score = ranker.score(image, given, lambda *_, given=given, **__: given)
+        assert float(score[0]) == pytest.approx(2 * 0.8 / 1.8, abs=1e-6)

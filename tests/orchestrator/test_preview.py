@@ -53,3 +53,21 @@ def test_material_needs_the_labelled_scan_alone(tmp_path: Path) -> None:
     labelled.unlink()
     with pytest.raises(DataError):
         material(config, count=2)
+
+
+def test_several_structures_are_shown_in_their_bins(tmp_path: Path) -> None:
+    labelled = write(tmp_path / "head.nii.gz")
+    mask = nib.load(write(tmp_path / "head_mask.nii.gz", labels=True))
+    label = np.asarray(mask.dataobj).copy()
+    label[:12] *= 40
+    nib.save(nib.Nifti1Image(label, mask.affine), tmp_path / "head_mask.nii.gz")
+    settings = ["data.classes={40: left, 1: right}", "grid.patch=16", "synthesis.deform.flip=0"]
+    config = load(["supervised", "smoke", f"data.labelled={labelled}", *settings])
+    one, several = (material(c, count=1) for c in (load(["supervised", "smoke", f"data.labelled={labelled}"]), config))
+    assert [picture.name for picture in one] == [picture.name for picture in several]
+    assert [p.data for p in one if p.name == "bins-most.png"] != [p.data for p in several if p.name == "bins-most.png"]
+    sheet = preview(config, tmp_path / "out", count=2)
+    sample = nib.load(sheet.parent / "sample-01_label.nii.gz")
+    assert sample.shape == (16, 16, 16) and set(np.unique(sample.get_fdata())) <= {0, 1, 2}
+    real = nib.load(sheet.parent / "real-00_label.nii.gz").get_fdata()
+    assert set(np.unique(real)) == {0, 1, 2}

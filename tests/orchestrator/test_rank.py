@@ -48,6 +48,7 @@ def test_bad_input_is_one_sentence_before_any_work(files: dict[str, Any], tmp_pa
     assert "no checkpoint at" in sentence(masks / "a_mask.nii.gz", files, **scans)
     assert "looks at scans with a network" in sentence(masks, files, settings=["stages.0.ranker={type: consistency}"])
     assert "masks are ranked by looking at them" in sentence(masks, files, settings=["stages.0.ranker={type: random}"])
+    assert "leave out data.classes" in sentence(masks, files, settings=["data.classes=[background, a]"])
     assert "true.nii.gz" in sentence(masks, files, mask=tmp_path / "masks" / "true.nii.gz")
 
 

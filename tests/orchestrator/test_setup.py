@@ -141,6 +141,48 @@ def test_a_label_that_cannot_be_used(data: Path, label: np.ndarray, part: str) -
     assert "'one'" in message and "one_mask.nii.gz" in message
 
 
+NAMES = ["background", "a", "b"]
+
+
+def classes(folder: Path, label: np.ndarray, /, *, stage: dict[str, Any] | None = None, **more: Any) -> RunConfig:
+    write(folder / "labelled" / "one_mask.nii.gz", label)
+    scans = config(folder).data.model_dump(exclude_none=True) | {"classes": NAMES} | more
+    return config(folder, data=scans, stage=stage)
+
+
+def test_every_class_is_in_some_labelled_scan(data: Path) -> None:
+    label = mask()
+    assert "no labelled scan holds 'b'" in refusal(classes(data, label))
+    label[4, 4, 4] = 2
+    assert open_cohorts(classes(data, label))
+    label[5, 5, 5] = 7
+    message = refusal(classes(data, label))
+    assert "does not name (7)" in message and "'one'" in message
+    assert open_cohorts(classes(data, label, classes={1: "a", 2: "b", 7: "a"}))
+    assert open_cohorts(classes(data, label, ignore=7))
+    assert open_cohorts(config(data))  # all as one structure
+
+
+def test_scribbles_are_read_as_they_are_or_not_at_all(data: Path) -> None:
+    label = np.full(SIZE, 255, np.uint8)
+    label[2], label[5, 5, 3:6], label[6, 6, 3:6] = 0, 1, 2
+    real = {"streams": {"train": [{"type": "real"}]}, "ranker": {"type": "confidence"}}
+    quiet = real | {"expect": {"images": 0}}
+    assert open_cohorts(classes(data, label, stage=quiet, ignore=255))
+    for stage, part in (
+        (quiet | {"streams": {"train": [{"type": "real"}, {"type": "synthetic"}]}}, "type to real"),
+        (quiet | {"ranker": RANKER}, "another ranker"),
+        (real, "expect.images=0"),
+    ):
+        message = refusal(classes(data, label, stage=stage, ignore=255))
+        assert part in message and "'one'" in message and "'base'" in message
+    assert "does not name (255)" in refusal(classes(data, label, stage=quiet))
+    # A part that is not annotated is no scribble.
+    label[:] = 0
+    label[3:6, 3:9, 3:8], label[6:9, 3:9, 3:8], label[11] = 1, 2, 255
+    assert open_cohorts(classes(data, label, ignore=255))
+
+
 def test_a_label_on_another_grid(data: Path) -> None:
     write(data / "labelled" / "one_mask.nii.gz", mask(), shift_mm=5)
     assert "5 mm from its image" in refusal(config(data))

@@ -118,3 +118,12 @@ def test_what_was_expected_is_held_against_the_truth() -> None:
     assert figures["expected_dice_error"] == pytest.approx(0.15)
     assert figures["flagged"] == 2
     assert "flagged" not in summarise({"scores": table(judged(0.9, 0.1))})["unlabelled"]
+
+
+def test_each_structure_has_its_mean() -> None:
+    rows = pa.table({"dice_wall": pa.array([0.5, None, 0.7]), "dice_lumen": pa.array([None, None, None], pa.float64())})
+    scans = table(judged(0.8), judged(0.6), judged(0.7))
+    for name in rows.column_names:
+        scans = scans.append_column(name, rows[name])
+    figures = summarise({"test": scans})["test"]
+    assert figures["dice_wall_mean"] == pytest.approx(0.6) and "dice_lumen_mean" not in figures

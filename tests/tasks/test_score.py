@@ -1,5 +1,7 @@
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -22,6 +24,7 @@ from onelabel.configs.schema import (
 )
 from onelabel.configs.streams import PseudoLabelConfig, ViewsConfig
 from onelabel.imaging import volume
+from onelabel.imaging.classes import Classes
 from onelabel.imaging.labels import HALF
 from onelabel.imaging.prepare import scan_on_grid
 from onelabel.imaging.volume import Grid
@@ -161,3 +164,54 @@ def test_pseudo_labels_are_written_beside_the_masks(
                 assert np.abs(np.asarray(written.dataobj, int) - expected).max() <= 1
                 assert np.allclose(written.affine, nib.load(row["image"]).affine)
         assert project or any(table["probability"].to_pylist())
+
+
+def test_several_structures_are_measured_one_by_one(
+    ray_cluster: None, heads: Cohort, config: RunConfig, tmp_path: Path
+) -> None:
+    rows = heads.rows()[:2]
+    for row in rows:
+        mask = nib.load(row["label"])
+        label = np.asarray(mask.dataobj).astype(np.uint8)
+        label[:14] *= 40  # one half
+        row["label"] = str(tmp_path / f"{row['key']}_label.nii.gz")
+        nib.save(nib.Nifti1Image(label, mask.affine), row["label"])
+    cohort = Cohort(pa.Table.from_pylist(rows, heads.table.schema))
+    torch.manual_seed(4)
+    network = config.network.model_copy(update={"classes": 3})
+    built = networks.build(network)
+    for parameter in built.parameters():
+        parameter.data *= 3
+    labels: Any = {"values": [[0], [40], [1]], "ignore": None, "largest": "class"}
+    names = ("background", "left half", "right half")
+    grid = config.grid.model_dump(mode="json")
+    meta = Meta(network.model_dump(mode="json"), "supervised", grid, 0, 0, "", names, labels=labels)
+    checkpoint.save(tmp_path / "unet", built, meta)
+    on_grid = partial(scan_on_grid, bins=BinsConfig(), seed=0, classes=Classes(names, **labels))
+    where = Grid(config.grid.spacing_mm, config.grid.size)
+    scan = on_grid(rows[0]["image"], rows[0]["label"], where)
+    task = ScoreTask(
+        tmp_path / "unet",
+        tmp_path / "masks",
+        ConfidenceRankerConfig(),
+        (None,),
+        probes=Probes((ray.put(scan),), SynthesisConfig(), ExpectConfig(images=4)),
+        pseudo=Pseudo(PseudoLabelConfig(), tmp_path / "probabilities"),
+        structures=names[1:],
+    )
+    for row in score(cohort, task, compute=config.compute)[0].to_pylist():
+        assert row["error"] is None
+        found = np.asarray(nib.load(row["mask"]).dataobj)
+        truth = np.asarray(nib.load(tmp_path / f"{row['key']}_label.nii.gz").dataobj)
+        assert set(np.unique(found)) <= {0, 1, 40}
+        each = [2 * np.sum((found == v) & (truth == v)) / (np.sum(found == v) + np.sum(truth == v)) for v in (40, 1)]
+        assert [row["dice_left_half"], row["dice_right_half"]] == pytest.approx(each)
+        assert row["dice"] == pytest.approx(np.mean(each))
+        assert 0 <= row["expected_dice"] <= 1
+        share = nib.load(row["probability"])
+        assert share.shape == (*found.shape, 2)
+        likeliest = np.asarray(share.dataobj).argmax(-1)[found > 0]
+        assert np.mean(likeliest == (found == 1)[found > 0]) > 0.99  # but for bytes that are equal
+        again = on_grid(row["image"], row["probability"], where, probability=True)
+        assert again.probability is not None and again.probability.shape == (2, *config.grid.size)
+        assert set(np.unique(again.target)) <= {0, 1, 2}

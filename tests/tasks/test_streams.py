@@ -15,7 +15,7 @@ from onelabel.configs.augmentation import DeformConfig, SynthesisConfig
 from onelabel.configs.schema import GridConfig, RunConfig
 from onelabel.configs.streams import StreamConfig
 from onelabel.errors import DataError
-from onelabel.imaging.labels import IGNORE
+from onelabel.imaging.labels import IGNORE, bin_scan
 from onelabel.tasks import streams
 from onelabel.tasks.cohort import PROBABILITY, Cohort
 from onelabel.tasks.streams import Stream, SynthPool
@@ -128,7 +128,7 @@ def labels(graded: list[Any], config: RunConfig, count: int, **how: Any) -> np.n
 
 @pytest.mark.parametrize("kind", ["real", "synthetic"])
 def test_soft_labels_are_the_probability_in_the_mean(graded: list[Any], config: RunConfig, kind: str) -> None:
-    share = ray.get(graded[0]).probability / 255
+    share = ray.get(graded[0]).probability[0] / 255
     drawn = labels(graded, config, 400, type=kind, soft=True)
     assert set(np.unique(drawn)) == {0, 1}
     # Five standard errors; all voxels of a sample share its threshold.
@@ -141,7 +141,7 @@ def test_soft_labels_are_the_probability_in_the_mean(graded: list[Any], config: 
 @pytest.mark.parametrize("kind", ["real", "synthetic"])
 def test_ignored_voxels_and_they_alone_are_unknown(graded: list[Any], config: RunConfig, kind: str) -> None:
     scan = ray.get(graded[0])
-    share = scan.probability / 255
+    share = scan.probability[0] / 255
     drawn = labels(graded, config, 3, type=kind, ignore=(0.2, 0.8))
     between = (share > 0.2) & (share < 0.8)
     assert between.any()
@@ -153,12 +153,68 @@ def test_ignored_voxels_and_they_alone_are_unknown(graded: list[Any], config: Ru
 
 def test_a_scan_takes_the_memory_that_is_declared(graded: list[Any], prepared: list[Any], config: RunConfig) -> None:
     voxels = config.grid.size[0] ** 3
-    for scan, probability in ((graded[0], True), (prepared[0], False)):
+    for scan, probabilities in ((graded[0], 1), (prepared[0], 0)):
         held = len(pickle.dumps(ray.get(scan), protocol=5))
-        assert 0 <= held - streams.scan_bytes(voxels, probability=probability) < 10_000
+        assert 0 <= held - streams.scan_bytes(voxels, probabilities=probabilities) < 10_000
 
 
 def test_a_scan_that_cannot_be_prepared_is_named(ray_cluster: None, heads: Cohort, config: RunConfig) -> None:
     table = heads.table.set_column(1, "image", [["/nowhere.nii.gz"] * len(heads)])
     with pytest.raises(DataError, match="head0.*nowhere"):
         streams.prepare(Cohort(table), config)
+
+
+@pytest.mark.parametrize("kind", ["real", "synthetic"])
+def test_samples_hold_every_class(config: RunConfig, kind: str) -> None:
+    place = np.indices((32, 32, 32)) - 15.5
+    target = np.where(np.sqrt((place**2).sum(0)) < 11, 1 + (place[0] > 0) + (place[1] > 0), 0)
+    noise = np.random.default_rng(0).random(target.shape, np.float32)
+    image = (0.2 * target + 0.2 * noise).astype(np.float32)
+    scan = bin_scan(image, target, spacing_mm=config.grid.spacing_mm, config=config.synthesis.bins, classes=4)
+    parts = (StreamConfig.model_validate({"type": kind, "deform": STILL}),)
+    built = streams.build(parts, config, scans={"labelled": ([scan], [1.0])}, seed=0)
+    for index in range(4):
+        image, label, _ = streams.draw(built, index)
+        seen = label == target  # but for what is out of view
+        assert np.array_equal(label[~seen], np.zeros_like(label[~seen]))
+        assert set(np.unique(label)) == {0, 1, 2, 3}
+        assert len(np.unique(image)) > 4
+
+
+def test_scribbles_stay_unknown_around_and_are_never_cut_away(config: RunConfig) -> None:
+    target = np.full((32, 32, 32), IGNORE)
+    target[4], target[16, 10:20, 16], target[16, 10:20, 20] = 0, 1, 2
+    image = np.random.default_rng(0).random(target.shape, np.float32) / 2 + 0.5
+    scan = bin_scan(image, target, spacing_mm=config.grid.spacing_mm, config=config.synthesis.bins, classes=3)
+    settings = config.synthesis.model_dump() | {"strip": {"probability": 1, "border_mm": (0, 0)}}
+    settings["augment"] = {name: effect | {"probability": 0} for name, effect in settings["augment"].items()}
+    still = config.model_copy(update={"synthesis": SynthesisConfig.model_validate(settings)})
+    built = streams.build(
+        (StreamConfig(type="real", deform=STILL),), still, scans={"labelled": ([scan], [1.0])}, seed=0
+    )
+    found, label, _ = streams.draw(built, 0)
+    assert np.array_equal(label, target)
+    assert found[target != 0].min() > 0 and not found[target == 0].any()
+
+
+def test_patches_show_structures_as_often_as_is_asked(config: RunConfig) -> None:
+    target = np.zeros((32, 32, 32), np.int64)
+    target[2:5, 2:5, 2:5], target[20:30, 20:30, 20:30] = 1, 2
+    image = np.random.default_rng(0).random(target.shape, np.float32)
+    scan = bin_scan(image, target, spacing_mm=config.grid.spacing_mm, config=config.synthesis.bins, classes=3)
+    parts = (StreamConfig(type="real", deform=STILL),)
+    shares = {}
+    for balance in (0.0, 1.0):
+        grid = config.grid.model_copy(update={"patch": (8, 12, 8), "balance": balance})
+        small = config.model_copy(update={"grid": grid})
+        built = streams.build(parts, small, scans={"labelled": ([scan], [1.0])}, seed=0)
+        assert built.voxels == 8 * 12 * 8
+        drawn = [streams.draw(built, index) for index in range(100)]
+        assert all(image.shape == label.shape == (8, 12, 8) for image, label, _ in drawn)
+        shares[balance] = [np.mean([(label == index).any() for _, label, _ in drawn]) for index in (1, 2)]
+        masks = streams.build(
+            (StreamConfig(type="mask", deform=STILL),), small, scans={"labelled": ([scan], [1.0])}, seed=0
+        )
+        assert np.array_equal(streams.draw(masks, 0)[1], target) and masks.voxels == 32**3
+    assert shares[0.0][0] < 0.2  # a small structure in a corner
+    assert min(shares[1.0]) > 0.3
