@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from onelabel.configs.schema import OptimiserConfig
+from onelabel.configs.learners import OptimiserConfig
 
 
 @dataclass(frozen=True)
