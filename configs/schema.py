@@ -5,7 +5,10 @@ from typing import Annotated, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from onelabel.configs.augmentation import Base, DeformConfig, SynthesisConfig
-from onelabel.configs.learners import AutoencoderConfig, SupervisedConfig
+from onelabel.configs.learners import (
+    AutoencoderConfig,
+    SupervisedConfig,
+)
 from onelabel.configs.selection import SelectConfig, ThresholdConfig, TopKConfig
 from onelabel.configs.streams import Ingredients, PseudoLabelConfig, StreamConfig, ViewsConfig
 
@@ -74,6 +77,11 @@ class UNetConfig(Base):
     norm: Literal["batch", "instance", "group", "none"] = Field("instance", description="normalisation of features")
     dropout: Probability = Field(0.0, description="channel dropout at the two coarsest levels")
     classes: int = Field(2, ge=2, description="output classes, background included")
+    heads: int = Field(
+        0,
+        ge=0,
+        description="coarser levels that have logits of their own, for learners of several scales; all if fewer",
+    )
 
     @model_validator(mode="after")
     def _one_a_level(self) -> Self:
@@ -118,7 +126,10 @@ class AutoencoderNetworkConfig(Base):
 NetworkConfig = Annotated[UNetConfig | AutoencoderNetworkConfig, Field(discriminator="type")]
 
 
-LearnerConfig = Annotated[SupervisedConfig | AutoencoderConfig, Field(discriminator="type")]
+LearnerConfig = Annotated[
+    SupervisedConfig | AutoencoderConfig,
+    Field(discriminator="type"),
+]
 
 
 class AutoencoderRankerConfig(Base):

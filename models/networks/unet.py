@@ -37,22 +37,57 @@ class UNet(nn.Module):
             for i in reversed(range(len(channels) - 1))
         )
         self.head = _TRANSPOSED[config.dims](channels[0], config.classes, patch, stride=patch)
+        self.heads = nn.ModuleList(
+            _CONV[config.dims](width, config.classes, 1) for width in channels[1:][: config.heads]
+        )
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits of an image."""
         if self.dims == 2 and image.ndim == 5:
-            slices = self(image.movedim(-1, 1).flatten(0, 1))
-            return slices.unflatten(0, (image.shape[0], image.shape[-1])).movedim(1, -1)
+            return _volumes(self(_slices(image)), image)
+        logits: Tensor = self.head(self._levels(image)[0])
+        return logits
+
+    def scales(self, image: Tensor) -> tuple[list[Tensor], Tensor]:
+        """All that several scales say of an image (B, 1, *size).
+
+        Returns
+        -------
+        logits : of the finest level (B, classes, *size), then of those that have a head, each half as fine as the last
+        features : (B, channels, *grid) of the finest level
+        """
+        if self.dims == 2 and image.ndim == 5:
+            logits, features = self.scales(_slices(image))
+            return [_volumes(each, image) for each in logits], _volumes(features, image)
+        finest, *coarser = self._levels(image)
+        return [self.head(finest), *(head(each) for head, each in zip(self.heads, coarser, strict=False))], finest
+
+    def _levels(self, image: Tensor) -> list[Tensor]:
+        """Features of every level of the way up, the finest first."""
         features, skips = self.stem(image), []
         for level, block in enumerate(self.down):
             features = block(self.pool(features, 2) if level else features)
             skips.append(features)
-        skips.pop()
+        levels = [skips.pop()]
         for block in self.up:
-            features = F.interpolate(features, scale_factor=2, mode="nearest")
-            features = block(torch.cat([features, skips.pop()], dim=1))
-        logits: Tensor = self.head(features)
-        return logits
+            features = F.interpolate(levels[0], scale_factor=2, mode="nearest")
+            levels.insert(0, block(torch.cat([features, skips.pop()], dim=1)))
+        return levels
+
+
+def set_dropout(network: nn.Module, on: bool, /) -> None:
+    """Drop features as in training, or none, whatever mode the rest of the network is in."""
+    for module in network.modules():
+        if isinstance(module, nn.Dropout2d | nn.Dropout3d):
+            module.train(on)
+
+
+def _slices(volume: Tensor) -> Tensor:
+    return volume.movedim(-1, 1).flatten(0, 1)
+
+
+def _volumes(slices: Tensor, like: Tensor) -> Tensor:
+    return slices.unflatten(0, (like.shape[0], like.shape[-1])).movedim(1, -1)
 
 
 def _block(config: UNetConfig, before: int, after: int, convs: int, *, drop: bool = False) -> nn.Sequential:
