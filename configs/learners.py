@@ -36,3 +36,12 @@ class AutoencoderConfig(OptimiserConfig):
     final: Probability = Field(0.1, description="learning rate at the end, as a share of the peak")
     slices: int = Field(16, ge=1, description="slices a step, drawn from the sample's mask (2D)")
     foreground_share: Probability = Field(0.1, description="share of the steps with the foreground Dice added")
+
+
+class ReciprocalConfig(OptimiserConfig):
+    """A student that learns from a teacher's pseudo-labels, a teacher that learns from labels and their effect."""
+
+    type: Literal["reciprocal"] = "reciprocal"
+    feedback: float = Field(
+        1.0, ge=0, description="weight of the teacher's loss on its own pseudo-labels; 0: labels alone"
+    )

@@ -7,6 +7,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from onelabel.configs.augmentation import Base, DeformConfig, SynthesisConfig
 from onelabel.configs.learners import (
     AutoencoderConfig,
+    ReciprocalConfig,
     SupervisedConfig,
 )
 from onelabel.configs.selection import SelectConfig, ThresholdConfig, TopKConfig
@@ -127,7 +128,7 @@ NetworkConfig = Annotated[UNetConfig | AutoencoderNetworkConfig, Field(discrimin
 
 
 LearnerConfig = Annotated[
-    SupervisedConfig | AutoencoderConfig,
+    SupervisedConfig | AutoencoderConfig | ReciprocalConfig,
     Field(discriminator="type"),
 ]
 

@@ -2,8 +2,13 @@
 
 from onelabel.models.learners.autoencoder import AutoencoderLearner
 from onelabel.models.learners.base import Learner, Progress, Samples
+from onelabel.models.learners.reciprocal import ReciprocalLearner
 from onelabel.models.learners.supervised import SupervisedLearner
 
-LEARNERS: dict[str, type[Learner]] = {"supervised": SupervisedLearner, "autoencoder": AutoencoderLearner}
+LEARNERS: dict[str, type[Learner]] = {
+    "supervised": SupervisedLearner,
+    "autoencoder": AutoencoderLearner,
+    "reciprocal": ReciprocalLearner,
+}
 
 __all__ = ["LEARNERS", "Learner", "Progress", "Samples"]
