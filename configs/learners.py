@@ -1,10 +1,11 @@
 """Settings of the methods that networks learn by."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from onelabel.configs.augmentation import Base, Probability
+from onelabel.configs.augmentation import Base, Probability, Shares
+from onelabel.configs.streams import ViewsConfig
 
 
 class OptimiserConfig(Base):
@@ -45,3 +46,32 @@ class ReciprocalConfig(OptimiserConfig):
     feedback: float = Field(
         1.0, ge=0, description="weight of the teacher's loss on its own pseudo-labels; 0: labels alone"
     )
+
+
+class CurriculumConfig(OptimiserConfig):
+    """A student that learns what its mean of weights, the teacher, is sure of, and unlearns what that doubts."""
+
+    type: Literal["curriculum"] = "curriculum"
+    ema: float = Field(
+        0.999, gt=0, lt=1, description="decay a step of the teacher, the mean of weights; it is deployed"
+    )
+    of: Literal["views", "dropout"] = Field(
+        "views", description="the teacher's uncertainty: over views of the image, or over passes with dropout"
+    )
+    views: ViewsConfig = Field(ViewsConfig(passes=4), description="views, and the number of passes with dropout too")
+    learn: Probability = Field(
+        0.9, description="least confidence, one less the entropy, of voxels that are learned from"
+    )
+    unlearn: Probability = Field(0.1, description="confidence below which the pseudo-label is unlearned")
+    margin: Probability = Field(
+        0.2, description="where student and teacher disagree, the surer one is right if it is so by this much"
+    )
+    unlabelled_weight: float = Field(1.0, ge=0, description="weight of the losses on unlabelled scans, once ramped up")
+    unlearn_weight: float = Field(0.1, ge=0, description="weight of unlearning, relative to learning")
+    ramp: Shares = Field((0.0, 0.3), description="shares of the steps between which unlabelled scans gain their weight")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.unlearn > self.learn:
+            raise ValueError(f"unlearn {self.unlearn} must not exceed learn {self.learn}: no voxel is in both")
+        return self

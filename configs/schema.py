@@ -7,6 +7,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from onelabel.configs.augmentation import Base, DeformConfig, SynthesisConfig
 from onelabel.configs.learners import (
     AutoencoderConfig,
+    CurriculumConfig,
     ReciprocalConfig,
     SupervisedConfig,
 )
@@ -128,7 +129,7 @@ NetworkConfig = Annotated[UNetConfig | AutoencoderNetworkConfig, Field(discrimin
 
 
 LearnerConfig = Annotated[
-    SupervisedConfig | AutoencoderConfig | ReciprocalConfig,
+    SupervisedConfig | AutoencoderConfig | ReciprocalConfig | CurriculumConfig,
     Field(discriminator="type"),
 ]
 
@@ -338,6 +339,17 @@ class RunConfig(Base):
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise ValueError(f"stages must have different names, not {names}")
+        return self
+
+    @model_validator(mode="after")
+    def _uncertain(self) -> Self:
+        for stage in self.stages:
+            if (
+                isinstance(stage.learner, CurriculumConfig)
+                and stage.learner.of == "dropout"
+                and not self.network.dropout
+            ):
+                raise ValueError(f"stage '{stage.name}' learns by passes with dropout: set network.dropout above 0")
         return self
 
     @model_validator(mode="after")

@@ -2,6 +2,7 @@
 
 from onelabel.models.learners.autoencoder import AutoencoderLearner
 from onelabel.models.learners.base import Learner, Progress, Samples
+from onelabel.models.learners.curriculum import CurriculumLearner
 from onelabel.models.learners.reciprocal import ReciprocalLearner
 from onelabel.models.learners.supervised import SupervisedLearner
 
@@ -9,6 +10,7 @@ LEARNERS: dict[str, type[Learner]] = {
     "supervised": SupervisedLearner,
     "autoencoder": AutoencoderLearner,
     "reciprocal": ReciprocalLearner,
+    "curriculum": CurriculumLearner,
 }
 
 __all__ = ["LEARNERS", "Learner", "Progress", "Samples"]
