@@ -1,10 +1,10 @@
 """Settings of the methods that networks learn by."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from onelabel.configs.augmentation import Base, Probability, Shares
+from onelabel.configs.augmentation import Base, Probability, Range, Shares
 from onelabel.configs.streams import ViewsConfig
 
 
@@ -74,4 +74,27 @@ class CurriculumConfig(OptimiserConfig):
     def _ordered(self) -> Self:
         if self.unlearn > self.learn:
             raise ValueError(f"unlearn {self.unlearn} must not exceed learn {self.learn}: no voxel is in both")
+        return self
+
+
+class MetaWeightedConfig(OptimiserConfig):
+    """Two label sets, every voxel of which weighs what learning from it does for labelled scans."""
+
+    type: Literal["meta_weighted"] = "meta_weighted"
+    clip: float = Field(0.2, gt=0, description="gradients are clipped to this norm")
+    ema: float = Field(0.99, gt=0, lt=1, description="decay a step of the teacher, the mean of weights; it is deployed")
+    zoom: Range = Field((1.05, 1.4), description="range of the factors by which views are larger, or smaller")
+    zoomed_in: int = Field(1, ge=0, description="views that are larger than the image")
+    zoomed_out: int = Field(2, ge=0, description="views that are smaller than the image")
+    flip_axes: tuple[Annotated[int, Field(ge=0, le=2)], ...] = Field(
+        (0,), description="axes of which one more view mirrors some; 0: left-right; none: no such view"
+    )
+    noise: float = Field(0.02, ge=0, description="standard deviation of the noise on what the teacher sees")
+    consistency_weight: float = Field(1.0, ge=0, description="weight of the difference between views")
+    teacher_weight: float = Field(1.0, ge=0, description="weight of the difference from the teacher")
+
+    @model_validator(mode="after")
+    def _larger(self) -> Self:
+        if self.zoom[0] < 1:
+            raise ValueError(f"zoom {self.zoom} must start at 1 or above: smaller views zoom by one over it")
         return self

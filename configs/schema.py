@@ -8,6 +8,7 @@ from onelabel.configs.augmentation import Base, DeformConfig, SynthesisConfig
 from onelabel.configs.learners import (
     AutoencoderConfig,
     CurriculumConfig,
+    MetaWeightedConfig,
     ReciprocalConfig,
     SupervisedConfig,
 )
@@ -129,7 +130,7 @@ NetworkConfig = Annotated[UNetConfig | AutoencoderNetworkConfig, Field(discrimin
 
 
 LearnerConfig = Annotated[
-    SupervisedConfig | AutoencoderConfig | ReciprocalConfig | CurriculumConfig,
+    SupervisedConfig | AutoencoderConfig | ReciprocalConfig | CurriculumConfig | MetaWeightedConfig,
     Field(discriminator="type"),
 ]
 

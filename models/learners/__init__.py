@@ -3,6 +3,7 @@
 from onelabel.models.learners.autoencoder import AutoencoderLearner
 from onelabel.models.learners.base import Learner, Progress, Samples
 from onelabel.models.learners.curriculum import CurriculumLearner
+from onelabel.models.learners.meta_weighted import MetaWeightedLearner
 from onelabel.models.learners.reciprocal import ReciprocalLearner
 from onelabel.models.learners.supervised import SupervisedLearner
 
@@ -11,6 +12,7 @@ LEARNERS: dict[str, type[Learner]] = {
     "autoencoder": AutoencoderLearner,
     "reciprocal": ReciprocalLearner,
     "curriculum": CurriculumLearner,
+    "meta_weighted": MetaWeightedLearner,
 }
 
 __all__ = ["LEARNERS", "Learner", "Progress", "Samples"]
