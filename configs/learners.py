@@ -98,3 +98,18 @@ class MetaWeightedConfig(OptimiserConfig):
         if self.zoom[0] < 1:
             raise ValueError(f"zoom {self.zoom} must start at 1 or above: smaller views zoom by one over it")
         return self
+
+
+class ScribbleConfig(OptimiserConfig):
+    """Scribbles, a mean teacher at several scales, and features that tell classes apart."""
+
+    type: Literal["scribble"] = "scribble"
+    ema: float = Field(0.99, gt=0, lt=1, description="decay a step of the teacher, the mean of weights; it is deployed")
+    temperature: float = Field(10.0, gt=0, description="of the classes that the teacher hands on; sweep 2, 5, 10")
+    distil_weight: float = Field(0.1, ge=0, description="weight of distillation, once ramped up")
+    contrast_weight: float = Field(0.1, ge=0, description="weight of the contrast between classes, once ramped up")
+    contrast_temperature: float = Field(0.1, gt=0, description="of the likeness of features")
+    sure: Probability = Field(
+        0.9, description="teacher's probability from which an unlabelled voxel counts for its class's mean feature"
+    )
+    ramp: Shares = Field((0.1, 0.75), description="shares of the steps between which the teacher gains its weight")

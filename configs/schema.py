@@ -10,6 +10,7 @@ from onelabel.configs.learners import (
     CurriculumConfig,
     MetaWeightedConfig,
     ReciprocalConfig,
+    ScribbleConfig,
     SupervisedConfig,
 )
 from onelabel.configs.selection import SelectConfig, ThresholdConfig, TopKConfig
@@ -130,7 +131,7 @@ NetworkConfig = Annotated[UNetConfig | AutoencoderNetworkConfig, Field(discrimin
 
 
 LearnerConfig = Annotated[
-    SupervisedConfig | AutoencoderConfig | ReciprocalConfig | CurriculumConfig | MetaWeightedConfig,
+    SupervisedConfig | AutoencoderConfig | ReciprocalConfig | CurriculumConfig | MetaWeightedConfig | ScribbleConfig,
     Field(discriminator="type"),
 ]
 

@@ -5,6 +5,7 @@ from onelabel.models.learners.base import Learner, Progress, Samples
 from onelabel.models.learners.curriculum import CurriculumLearner
 from onelabel.models.learners.meta_weighted import MetaWeightedLearner
 from onelabel.models.learners.reciprocal import ReciprocalLearner
+from onelabel.models.learners.scribble import ScribbleLearner
 from onelabel.models.learners.supervised import SupervisedLearner
 
 LEARNERS: dict[str, type[Learner]] = {
@@ -13,6 +14,7 @@ LEARNERS: dict[str, type[Learner]] = {
     "reciprocal": ReciprocalLearner,
     "curriculum": CurriculumLearner,
     "meta_weighted": MetaWeightedLearner,
+    "scribble": ScribbleLearner,
 }
 
 __all__ = ["LEARNERS", "Learner", "Progress", "Samples"]
