@@ -52,9 +52,7 @@ class CurriculumConfig(OptimiserConfig):
     """A student that learns what its mean of weights, the teacher, is sure of, and unlearns what that doubts."""
 
     type: Literal["curriculum"] = "curriculum"
-    ema: float = Field(
-        0.999, gt=0, lt=1, description="decay a step of the teacher, the mean of weights; it is deployed"
-    )
+    ema: float = Field(0.99, gt=0, lt=1, description="decay a step of the teacher, the mean of weights; it is deployed")
     of: Literal["views", "dropout"] = Field(
         "views", description="the teacher's uncertainty: over views of the image, or over passes with dropout"
     )

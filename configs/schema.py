@@ -344,8 +344,12 @@ class RunConfig(Base):
         return self
 
     @model_validator(mode="after")
-    def _uncertain(self) -> Self:
+    def _learnable(self) -> Self:
         for stage in self.stages:
+            if isinstance(stage.learner, MetaWeightedConfig) and self.compute.compile:
+                raise ValueError(
+                    f"stage '{stage.name}' differentiates forwards, which compute.compile cannot: turn it off"
+                )
             if (
                 isinstance(stage.learner, CurriculumConfig)
                 and stage.learner.of == "dropout"

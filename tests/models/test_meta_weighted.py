@@ -8,7 +8,9 @@ from torch.func import functional_call
 from toys import batch, learner, samples, step, weights
 
 from onelabel.configs.learners import MetaWeightedConfig
+from onelabel.configs.load import load
 from onelabel.configs.schema import UNetConfig
+from onelabel.errors import ConfigError
 from onelabel.imaging import random
 from onelabel.imaging.labels import IGNORE
 from onelabel.models import networks
@@ -159,6 +161,11 @@ def test_the_teacher_is_never_reset_and_its_buffers_follow() -> None:
     torch.testing.assert_close(weights(subject.predictor()), mean)
     buffers = [b for name, b in subject.predictor().named_buffers() if name.endswith("running_mean")]
     assert buffers and all(b.any() for b in buffers)
+
+
+def test_what_differentiates_forwards_is_not_compiled() -> None:
+    with pytest.raises(ConfigError, match="compute.compile cannot: turn it off"):
+        load(["mlbseg", "data={labelled: one.nii.gz, unlabelled: many}", "compute.compile=true"])
 
 
 def test_initial_labels_are_read() -> None:
