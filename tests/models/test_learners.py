@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from toys import CONFIGS, STEPS, batch, learner, part, samples, step, weights
 
 from onelabel.configs.learners import OptimiserConfig
+from onelabel.configs.load import PRESETS, load
 from onelabel.imaging.labels import IGNORE
 from onelabel.models.learners import LEARNERS, Learner, Progress
 from onelabel.models.learners.base import learning_rate, ramp
@@ -23,6 +24,7 @@ MEANS = [name for name in LEARNERS if CONFIGS[name].model_fields["ema"].default]
 SEGMENTERS = [name for name, each in LEARNERS.items() if each.segments]
 # The same views in every part and worker.
 FIXED: dict[str, dict[str, Any]] = {"meta_weighted": {"noise": 0.0, "zoom": (1.2, 1.2)}}
+OVERLAYS = {"smoke"}
 UNREAD = {"reciprocal": "unlabelled", "curriculum": "unlabelled"}
 TEACHERS: dict[str, Callable[[Learner], nn.Module]] = {
     **dict.fromkeys(MEANS, Learner.predictor),
@@ -61,6 +63,12 @@ def assert_alike(one: Learner, two: Learner) -> None:
 
 def test_every_learner_has_a_config() -> None:
     assert set(LEARNERS) == set(CONFIGS)
+
+
+@pytest.mark.parametrize("preset", sorted(path.stem for path in PRESETS.glob("*.yaml") if path.stem not in OVERLAYS))
+def test_a_preset_has_the_streams_that_its_learners_read(preset: str) -> None:
+    for stage in load([preset, "data={labelled: one.nii.gz, unlabelled: many}"]).stages:
+        assert set(stage.streams) == set(LEARNERS[stage.learner.type].streams)
 
 
 @pytest.mark.parametrize("name", LEARNERS)
