@@ -9,6 +9,14 @@ from onelabel.configs.augmentation import Base, DeformConfig, SynthesisConfig
 from onelabel.configs.compute import ComputeConfig as ComputeConfig
 from onelabel.configs.compute import TrackingConfig as TrackingConfig
 from onelabel.configs.data import DataConfig
+from onelabel.configs.learners import (
+    AutoencoderConfig,
+    CurriculumConfig,
+    MetaWeightedConfig,
+    ReciprocalConfig,
+    ScribbleConfig,
+    SupervisedConfig,
+)
 from onelabel.configs.selection import SelectConfig, ThresholdConfig, TopKConfig
 from onelabel.configs.streams import Ingredients, PseudoLabelConfig, StreamConfig, ViewsConfig
 
@@ -76,6 +84,11 @@ class UNetConfig(Base):
     norm: Literal["batch", "instance", "group", "none"] = Field("instance", description="normalisation of features")
     dropout: Probability = Field(0.0, description="channel dropout at the two coarsest levels")
     classes: int = Field(2, ge=2, description="output classes, background included; of a run those of `data.classes`")
+    heads: int = Field(
+        0,
+        ge=0,
+        description="coarser levels that have logits of their own, for learners of several scales; all if fewer",
+    )
 
     @model_validator(mode="after")
     def _one_a_level(self) -> Self:
@@ -155,38 +168,10 @@ class AutoencoderNetworkConfig(Base):
 NetworkConfig = Annotated[UNetConfig | AutoencoderNetworkConfig, Field(discriminator="type")]
 
 
-class OptimiserConfig(Base):
-    """Adam with warm-up and cosine decay; what all learners share."""
-
-    learning_rate: float = Field(1e-3, gt=0, description="the peak of the schedule")
-    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay (AdamW)")
-    warmup: Probability = Field(0.02, description="share of the steps spent warming up")
-    final: Probability = Field(0.01, description="learning rate at the end, as a share of the peak")
-    clip: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
-    batch: int = Field(1, ge=1, description="samples a step and train worker")
-    accumulate: int = Field(1, ge=1, description="batches a step whose gradients are averaged, where memory is short")
-    ema: float = Field(0.0, ge=0, lt=1, description="decay a step of the mean of weights that is deployed; 0: no mean")
-
-
-class SupervisedConfig(OptimiserConfig):
-    """Soft Dice and cross-entropy against given labels."""
-
-    type: Literal["supervised"] = "supervised"
-    dice_weight: float = Field(1.0, ge=0, description="weight of the soft Dice loss")
-    ce_weight: float = Field(1.0, ge=0, description="weight of the cross-entropy")
-
-
-class AutoencoderConfig(OptimiserConfig):
-    """Reconstruct augmented masks: Dice plus mean squared error, foreground Dice at first."""
-
-    type: Literal["autoencoder"] = "autoencoder"
-    weight_decay: float = Field(1e-5, ge=0, description="decoupled weight decay (AdamW)")
-    final: Probability = Field(0.1, description="learning rate at the end, as a share of the peak")
-    slices: int = Field(16, ge=1, description="slices a step, drawn from the sample's mask (2D)")
-    foreground_share: Probability = Field(0.1, description="share of the steps with the foreground Dice added")
-
-
-LearnerConfig = Annotated[SupervisedConfig | AutoencoderConfig, Field(discriminator="type")]
+LearnerConfig = Annotated[
+    SupervisedConfig | AutoencoderConfig | ReciprocalConfig | CurriculumConfig | MetaWeightedConfig | ScribbleConfig,
+    Field(discriminator="type"),
+]
 
 
 class AutoencoderRankerConfig(Base):
@@ -375,6 +360,21 @@ class RunConfig(Base):
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise ValueError(f"stages must have different names, not {names}")
+        return self
+
+    @model_validator(mode="after")
+    def _learnable(self) -> Self:
+        for stage in self.stages:
+            if isinstance(stage.learner, MetaWeightedConfig) and self.compute.compile:
+                raise ValueError(
+                    f"stage '{stage.name}' differentiates forwards, which compute.compile cannot: turn it off"
+                )
+            if (
+                isinstance(stage.learner, CurriculumConfig)
+                and stage.learner.of == "dropout"
+                and not self.network.dropout
+            ):
+                raise ValueError(f"stage '{stage.name}' learns by passes with dropout: set network.dropout above 0")
         return self
 
     @model_validator(mode="after")

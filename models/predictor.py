@@ -8,7 +8,7 @@ import fill_voids
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from onelabel.configs.schema import UNetConfig
 from onelabel.imaging import edges, volume
@@ -16,6 +16,7 @@ from onelabel.imaging.classes import Classes
 from onelabel.imaging.prepare import image_on_grid
 from onelabel.imaging.volume import Grid, Volume
 from onelabel.models.checkpoint import load_segmenter
+from onelabel.models.networks.unet import set_dropout
 from onelabel.models.precision import use_bf16
 from onelabel.models.windows import slide
 
@@ -61,7 +62,7 @@ class Predictor:
 
         dropout : features are dropped as in training
         """
-        _set_dropout(self.network, dropout)
+        set_dropout(self.network, dropout)
         return slide(self._seen_at_once, image, self.window or image.shape[2:])
 
     def _seen_at_once(self, image: Tensor) -> Tensor:
@@ -75,12 +76,6 @@ class Predictor:
             return None
         axes, size = UNetConfig.model_validate(self.meta.network).axes, self.meta.grid["size"]
         return tuple(n if axis in axes else size[axis] for axis, n in enumerate(self.meta.patch))
-
-
-def _set_dropout(network: nn.Module, on: bool) -> None:
-    for module in network.modules():
-        if isinstance(module, nn.Dropout2d | nn.Dropout3d):
-            module.train(on)
 
 
 def _in_grid_of(

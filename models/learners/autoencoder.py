@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import torch
 
-from onelabel.configs.schema import AutoencoderConfig
+from onelabel.configs.learners import AutoencoderConfig
 from onelabel.models import losses
 from onelabel.models.learners.base import Learner, Progress, Samples
 from onelabel.models.networks.autoencoder import Autoencoder, views

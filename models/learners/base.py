@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from onelabel.configs.schema import OptimiserConfig
+from onelabel.configs.learners import OptimiserConfig
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,8 @@ class Learner(ABC):
         self.network = network.to(device)
         self.device, self.bf16, self.average = device, bf16, average
         self.base = config
-        self.optimiser = torch.optim.AdamW(
-            self.network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
-        )
+        self.held: list[tuple[Progress, Mapping[str, Samples]]] = []
+        self.optimiser = optimiser_of(self.network, config)
         average_of = get_ema_multi_avg_fn(config.ema)
         self.mean = AveragedModel(self.network, multi_avg_fn=average_of, use_buffers=True) if config.ema else None
 
@@ -86,24 +85,53 @@ class Learner(ABC):
         """Mixed precision where the hardware has it."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
-    def descend(self, loss: Tensor, progress: Progress) -> dict[str, float]:
-        """One optimiser step down a loss, or a part of one; returns what to log."""
+    def parts(self, batch: Mapping[str, Samples], progress: Progress) -> list[tuple[Progress, Mapping[str, Samples]]]:
+        """All parts of a step's batch once the last is there, none before: for steps that need them more than once."""
         if progress.part == 0:
-            self.optimiser.zero_grad()
+            self.held = []
+        self.held.append((progress, batch))
+        return self.held if progress.part == progress.parts - 1 else []
+
+    def descend(self, loss: Tensor, progress: Progress) -> dict[str, float]:
+        """One optimiser step of the network down a loss, or a part of one; returns what to log."""
+        logged = self.minimise(loss, progress, self.network, self.optimiser)
+        if self.mean and math.isfinite(logged.get("gradient_norm", math.nan)):
+            self.mean.update_parameters(self.network)
+        return logged
+
+    def minimise(
+        self, loss: Tensor, progress: Progress, network: nn.Module, optimiser: torch.optim.Optimizer
+    ) -> dict[str, float]:
+        """One step of any optimiser down a loss, or a part of one; a gradient that is not finite is skipped."""
+        if progress.part == 0:
+            optimiser.zero_grad()
         (loss / progress.parts).backward()
         if progress.part < progress.parts - 1:
             return {"loss": loss.item()}
         rate = learning_rate(self.base, progress)
-        for group in self.optimiser.param_groups:
+        for group in optimiser.param_groups:
             group["lr"] = rate
-        parameters = list(self.network.parameters())
+        parameters = list(network.parameters())
         self.average(parameters)
         norm = nn.utils.clip_grad_norm_(parameters, self.base.clip, error_if_nonfinite=False)
         if torch.isfinite(norm):
-            self.optimiser.step()
-            if self.mean:
-                self.mean.update_parameters(self.network)
+            optimiser.step()
         return {"loss": loss.item(), "gradient_norm": norm.item(), "learning_rate": rate}
+
+
+def optimiser_of(network: nn.Module, config: OptimiserConfig, /) -> torch.optim.AdamW:
+    """A fresh optimiser of all parameters of a network."""
+    return torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+
+
+def ramp(between: tuple[float, float], progress: Progress, /) -> float:
+    """From 0 to 1 between two shares of the steps, as exp(-5 (1 - t)^2) (Laine and Aila 2017)."""
+    start, end = between
+    done = progress.step / progress.steps
+    if done < start:
+        return 0.0
+    left = max(end - done, 0.0) / (end - start) if end > start else 0.0
+    return math.exp(-5 * left**2)
 
 
 def learning_rate(config: OptimiserConfig, progress: Progress, /) -> float:

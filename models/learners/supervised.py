@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from onelabel.configs.schema import SupervisedConfig
+from onelabel.configs.learners import SupervisedConfig
 from onelabel.models import losses
 from onelabel.models.learners.base import Learner, Progress, Samples
 

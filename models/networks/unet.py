@@ -40,23 +40,55 @@ class UNet(nn.Module):
             for i in reversed(range(len(channels) - 1))
         )
         self.head = _TRANSPOSED[config.dims](channels[0], config.classes, patch, stride=patch)
+        self.heads = nn.ModuleList(
+            _CONV[config.dims](width, config.classes, 1) for width in channels[1:][: config.heads]
+        )
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits of an image."""
         if self.dims == 2 and image.ndim == 5:
-            stack = image.movedim(2 + self.across, 1)
-            slices = self(stack.flatten(0, 1))
-            return slices.unflatten(0, stack.shape[:2]).movedim(1, 2 + self.across)
+            return self._volumes(self(self._slices(image)), image)
+        logits: Tensor = self.head(self._levels(image)[0])
+        return logits
+
+    def scales(self, image: Tensor) -> tuple[list[Tensor], Tensor]:
+        """All that several scales say of an image (B, 1, *size).
+
+        Returns
+        -------
+        logits : of the finest level (B, classes, *size), then of those that have a head, each coarser than the last
+        features : (B, channels, *grid) of the finest level
+        """
+        if self.dims == 2 and image.ndim == 5:
+            logits, features = self.scales(self._slices(image))
+            return [self._volumes(each, image) for each in logits], self._volumes(features, image)
+        finest, *coarser = self._levels(image)
+        return [self.head(finest), *(head(each) for head, each in zip(self.heads, coarser, strict=False))], finest
+
+    def _levels(self, image: Tensor) -> list[Tensor]:
+        """Features of every level of the way up, the finest first."""
         features, skips = self.stem(image), []
         for level, block in enumerate(self.down):
             features = block(self.pool(features, self.strides[level - 1]) if level else features)
             skips.append(features)
-        skips.pop()
+        levels = [skips.pop()]
         for block, stride in zip(self.up, reversed(self.strides), strict=True):
-            features = F.interpolate(features, scale_factor=tuple(map(float, stride)), mode="nearest")
-            features = block(torch.cat([features, skips.pop()], dim=1))
-        logits: Tensor = self.head(features)
-        return logits
+            features = F.interpolate(levels[0], scale_factor=tuple(map(float, stride)), mode="nearest")
+            levels.insert(0, block(torch.cat([features, skips.pop()], dim=1)))
+        return levels
+
+    def _slices(self, volume: Tensor) -> Tensor:
+        return volume.movedim(2 + self.across, 1).flatten(0, 1)
+
+    def _volumes(self, slices: Tensor, like: Tensor) -> Tensor:
+        return slices.unflatten(0, (like.shape[0], like.shape[2 + self.across])).movedim(1, 2 + self.across)
+
+
+def set_dropout(network: nn.Module, on: bool, /) -> None:
+    """Drop features as in training, or none, whatever mode the rest of the network is in."""
+    for module in network.modules():
+        if isinstance(module, nn.Dropout2d | nn.Dropout3d):
+            module.train(on)
 
 
 def _block(config: UNetConfig, before: int, after: int, convs: int, *, drop: bool = False) -> nn.Sequential:

@@ -49,6 +49,15 @@ def test_a_network_comes_back_as_it_was(saved: Saved, config: Any) -> None:
         assert torch.equal(again(batch), network(batch))
 
 
+def test_a_checkpoint_from_before_heads_loads(saved: Saved) -> None:
+    folder, network, _ = saved()
+    facts = json.loads((folder / "meta.json").read_text())
+    assert facts["network"].pop("heads") == 0
+    (folder / "meta.json").write_text(json.dumps(facts))
+    again = checkpoint.load(folder)[0].state_dict()
+    assert again.keys() == network.state_dict().keys()
+
+
 def test_facts_are_readable_by_anyone(saved: Saved) -> None:
     folder, _, meta = saved()
     facts = json.loads((folder / "meta.json").read_text())

@@ -147,6 +147,43 @@ def test_weights_come_from_the_global_generator() -> None:
     assert not torch.equal(weights(1), weights(2))
 
 
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("patch", [1, 2])
+@pytest.mark.parametrize("heads", [0, 1, 2, 9])
+def test_every_scale_has_logits_half_as_fine(dims: Any, patch: int, heads: int) -> None:
+    config = UNetConfig(dims=dims, channels=(4, 8, 12), patch=patch, classes=3, heads=heads)
+    network = networks.build(config)
+    assert isinstance(network, UNet)
+    image = torch.rand(2, 1, *[2 * config.divisor] * dims)
+    logits, features = network.scales(image)
+    assert len(logits) == 1 + min(heads, 2)
+    torch.testing.assert_close(logits[0], network(image))
+    grid = 2 * config.divisor // patch
+    assert features.shape == (2, 4, *[grid] * dims)
+    assert [each.shape for each in logits[1:]] == [(2, 3, *[grid >> i] * dims) for i in range(1, len(logits))]
+    assert without_gradient(network, torch.cat([each.flatten() for each in logits])) == []
+
+
+def test_a_network_of_slices_sees_scales_of_volumes() -> None:
+    network = networks.build(UNetConfig(dims=2, channels=(4, 8), patch=1, heads=1)).eval()
+    assert isinstance(network, UNet)
+    volume = torch.rand(2, 1, 8, 12, 5)
+    (fine, coarse), features = network.scales(volume)
+    assert (fine.shape, coarse.shape, features.shape) == ((2, 2, 8, 12, 5), (2, 2, 4, 6, 5), (2, 4, 8, 12, 5))
+    torch.testing.assert_close(coarse[1, ..., 3], network.scales(volume[1:, ..., 3])[0][1][0])
+
+
+def test_heads_change_nothing_else() -> None:
+    states = []
+    for heads in (0, 2):
+        torch.manual_seed(0)
+        states.append(networks.build(UNetConfig(channels=(4, 8, 12), heads=heads)).state_dict())
+    plain, headed = states
+    more = [f"heads.{i}.{kind}" for i in range(2) for kind in ("weight", "bias")]
+    assert [name for name in headed if name not in plain] == more
+    assert all(torch.equal(headed[name], value) for name, value in plain.items())
+
+
 @pytest.mark.parametrize(("dims", "size"), [(2, 64), (2, 128), (2, 256), (3, 64)])
 def test_an_autoencoder_has_a_latent_of_four_voxels_an_axis(dims: Any, size: int) -> None:
     network = networks.build(small(dims=dims, size=size, classes=3))

@@ -12,7 +12,8 @@ import ray
 import torch
 from ray.util.queue import Queue
 
-from onelabel.configs.schema import ComputeConfig, RunConfig, SupervisedConfig
+from onelabel.configs.learners import SupervisedConfig
+from onelabel.configs.schema import ComputeConfig, RunConfig
 from onelabel.models import checkpoint
 from onelabel.models.checkpoint import Meta
 from onelabel.models.learners import Samples
