@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--storage", type=Path, default=Path("runs"))
     parser.add_argument("settings", nargs="*", help="key=value")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     folder = options.storage / "overhead"
     shutil.rmtree(folder, ignore_errors=True)
     manifest = options.data / "ixi" / "participants.csv"

@@ -95,7 +95,7 @@ class Setting:
         image, mask = str(scan.image), str(self.mask(tool, scan))
         scripts, brain = self.peers.parent, str(self.out / "brain.nii.gz")
         ours = [sys.executable, "-m", "onelabel.orchestrator", "strip", image, "--out", str(self.out / "alone")]
-        ours += ["--checkpoint", str(self.checkpoint)]
+        ours += ["--overwrite", "--checkpoint", str(self.checkpoint)]
         commands = {
             "onelabel": ours,
             "onelabel-mask": [*ours, "--no-trust"],

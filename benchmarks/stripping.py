@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--storage", default="runs")
     parser.add_argument("settings", nargs="*", help="key=value for both runs")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     common = [f"storage={options.storage}", "compute.threads=2", *options.settings]
     one = load(
         [

@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--label", help="key of the labelled scan, where there are several")
     parser.add_argument("--plot", type=Path, default=Path("study.png"))
     parser.add_argument("settings", nargs="*", help="key=value for all runs")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     seeds, ks = ([int(part) for part in text.split(",")] for text in (options.seeds, options.k))
     common = [*GRID, f"storage={options.storage}", *options.settings]
     with runtime.connect(load(["supervised", "data.labelled=none", *common]).compute):

@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--ages", default="40,80,160,320,1000")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("settings", nargs="*", help="key=value")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     configs = [_config(options, int(age)) for age in options.ages.split(",")]
     tables = [_scored(config, configs[0]) for config in configs]
     columns = [*columns_of(configs[0].stages[0].ranker), EXPECTED[0]]

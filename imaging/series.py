@@ -29,17 +29,17 @@ def read(path: Path, /, *, each: bool = False) -> Iterator[Volume]:
 def volumes(image: SpatialImage, name: Path, /, *, each: bool = False) -> Iterator[Volume]:
     """Like `read`, of an image that is open; `name` stands in errors."""
     if not _is_series(image):
-        yield checked(voxels(image, name), image, name)
+        yield checked(voxels(image, name), image, name, regions=True)
         return
     frames, rest = image.shape[3], (0,) * (len(image.shape) - 4)
     if each:
         for frame in range(frames):
-            yield checked(voxels(image, name, (..., frame, *rest)), image, name)
+            yield checked(voxels(image, name, (..., frame, *rest)), image, name, regions=True)
         return
     mean = np.zeros(image.shape[:3], np.float32)
     for frame in range(frames):
         mean += voxels(image, name, (..., frame, *rest)) / np.float32(frames)
-    yield checked(mean, image, name)
+    yield checked(mean, image, name, regions=True)
 
 
 def _is_series(image: SpatialImage) -> bool:

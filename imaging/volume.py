@@ -31,7 +31,7 @@ from onelabel.imaging.resample import resample
 
 log = logging.getLogger(__name__)
 
-MAX_BAD_FRACTION = 0.01  # of voxels that are not finite and lie scattered
+MAX_BAD_FRACTION = 0.01  # of voxels that are not finite
 MAX_LABEL = 2**24  # the last whole number that float32 holds exactly
 SAMPLED_VOXELS = 2**18  # enough for percentiles
 
@@ -101,9 +101,8 @@ def load(path: str | Path, /, *, labels: bool = False) -> Volume:
     Raises
     ------
     DataError
-        The file is missing, damaged, not 3D, has no usable affine, more than 1 % of its voxels are not finite and
-        scattered (whole regions may be, as around a field of view), the image is constant, or the labels are not whole
-        numbers.
+        The file is missing, damaged, not 3D, has no usable affine, more than 1 % of its voxels are not finite, the
+        image is constant, or the labels are not whole numbers.
     """
     path = Path(path)
     image = open_image(path)
@@ -143,14 +142,18 @@ def voxels(image: SpatialImage, path: Path, /, part: Any = (), *, labels: bool =
         raise DataError(f"{path} cannot be read to its end ({error}): it is damaged, get it again.") from error
 
 
-def checked(data: NDArray[Any], image: SpatialImage, path: Path, /, *, labels: bool = False) -> Volume:
+def checked(
+    data: NDArray[Any], image: SpatialImage, path: Path, /, *, labels: bool = False, regions: bool = False
+) -> Volume:
     """Make a volume of what was read.
+
+    regions : whole regions may hold voxels that are not finite, as around a round field of view
 
     Raises
     ------
     DataError : see `load`.
     """
-    data = _without_bad_voxels(_as_3d(data, path), path)
+    data = _without_bad_voxels(_as_3d(data, path), path, regions=regions)
     volume = Volume(_as_labels(data, path) if labels else data, _checked_affine(image, path))
     if not labels and data.min() == data.max():
         raise DataError(f"{path} has the value {data.flat[0]:g} in every voxel: an image needs contrast.")
@@ -336,17 +339,17 @@ def _as_3d(data: NDArray[Any], path: Path) -> NDArray[Any]:
     return data
 
 
-def _without_bad_voxels(data: NDArray[Any], path: Path) -> NDArray[Any]:
-    """Set voxels that are not finite to 0, or to the nearest value that occurs: few, or whole regions without data."""
+def _without_bad_voxels(data: NDArray[Any], path: Path, *, regions: bool) -> NDArray[Any]:
+    """Set few voxels that are not finite, or whole regions of them, to 0, or to the nearest value that occurs."""
     bad = ~np.isfinite(data)
     count = int(np.count_nonzero(bad))
     if not count:
         return data
-    stray = count if count <= MAX_BAD_FRACTION * data.size else int(np.count_nonzero(bad & ~_solid(bad)))
-    if stray > MAX_BAD_FRACTION * data.size or count == data.size:
+    most = MAX_BAD_FRACTION * data.size
+    if count > most and not (regions and count < data.size and np.count_nonzero(bad & ~_solid(bad)) <= most):
         raise DataError(
-            f"{path} has {count / data.size:.1%} voxels that are not finite, scattered over it; at most "
-            f"{MAX_BAD_FRACTION:.0%} is allowed: repair the file."
+            f"{path} has {count / data.size:.1%} voxels that are not finite, at most {MAX_BAD_FRACTION:.0%} is "
+            "allowed: repair the file."
         )
     log.warning("%s: %d voxels are not finite, taken for background", path, count)
     good = data[~bad]
