@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import product
 from typing import Any, Literal
 
 import numpy as np
@@ -53,6 +54,33 @@ def resample(
         out = _by_point(channels, to_source, to_shape, sigmas, mode)
     result = out if data.ndim == 4 else out[0]
     return result if mode == "linear" else result.astype(data.dtype, copy=False)
+
+
+def box(
+    inside: NDArray[np.bool_], affine: NDArray[np.float64], to_affine: NDArray[np.float64], to_shape: Sequence[int], /
+) -> tuple[slice, slice, slice] | None:
+    """Where a structure of one grid can lie on another one, interpolation and a margin of one voxel included.
+
+    Parameters
+    ----------
+    inside : (*size) bool
+        Where the structure is.
+    affine, to_affine : (4, 4), mm
+        Of its grid and of the target grid.
+    to_shape : (3,)
+
+    Returns
+    -------
+    Three slices; None where there is nothing.
+    """
+    ends = [np.flatnonzero(inside.any(axis=tuple({0, 1, 2} - {axis})))[[0, -1]] for axis in range(3) if inside.any()]
+    if not ends:
+        return None
+    corners = np.array([(*corner, 1) for corner in product(*((low - 1, high + 1) for low, high in ends))])
+    places = (corners @ (np.linalg.inv(to_affine) @ affine).T)[:, :3]
+    low, high = np.floor(places.min(0)).astype(int) - 1, np.ceil(places.max(0)).astype(int) + 2
+    parts = [slice(max(0, a), min(n, b)) for a, b, n in zip(low.tolist(), high.tolist(), to_shape, strict=True)]
+    return (parts[0], parts[1], parts[2]) if all(part.start < part.stop for part in parts) else None
 
 
 def _drivers(to_source: NDArray[np.float64], to_shape: Sequence[int]) -> list[int] | None:

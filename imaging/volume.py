@@ -269,28 +269,6 @@ def restore(
     return native
 
 
-def box(inside: NDArray[np.bool_], affine: NDArray[np.float64], native: Volume, /) -> tuple[slice, slice, slice] | None:
-    """Where a structure on another grid can lie in the scan's own voxels, interpolation and a margin of one included.
-
-    Parameters
-    ----------
-    inside : (*size) bool
-        Where the structure is on the other grid, whose affine (4, 4) leads to mm.
-
-    Returns
-    -------
-    Three slices; None where there is nothing.
-    """
-    ends = [np.flatnonzero(inside.any(axis=tuple({0, 1, 2} - {axis})))[[0, -1]] for axis in range(3) if inside.any()]
-    if not ends:
-        return None
-    corners = np.array([(*corner, 1) for corner in product(*((low - 1, high + 1) for low, high in ends))])
-    places = (corners @ (np.linalg.inv(native.affine) @ affine).T)[:, :3]
-    low, high = np.floor(places.min(0)).astype(int) - 1, np.ceil(places.max(0)).astype(int) + 2
-    parts = [slice(max(0, a), min(n, b)) for a, b, n in zip(low.tolist(), high.tolist(), native.shape, strict=True)]
-    return (parts[0], parts[1], parts[2]) if all(part.start < part.stop for part in parts) else None
-
-
 def scale(data: NDArray[Any], /) -> NDArray[np.float32]:
     """Scale intensities to [0, 1], blind to the few brightest and darkest voxels.
 

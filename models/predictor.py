@@ -14,6 +14,7 @@ from onelabel.configs.schema import UNetConfig
 from onelabel.imaging import edges, volume
 from onelabel.imaging.classes import Classes
 from onelabel.imaging.prepare import image_on_grid
+from onelabel.imaging.resample import box
 from onelabel.imaging.volume import Grid, Volume
 from onelabel.models.checkpoint import load_segmenter
 from onelabel.models.networks.unet import set_dropout
@@ -83,12 +84,12 @@ def _in_grid_of(
 ) -> NDArray[np.uint8]:
     """The cleaned classes (*native) of probabilities (structures, *size) on a network's grid."""
     found = np.zeros(scan.shape, np.uint8)
-    box = volume.box(structures.sum(0) > 0.5, affine, scan)
-    if box:
+    where = box(structures.sum(0) > 0.5, affine, scan.affine, scan.shape)
+    if where:
         corner = scan.affine.copy()
-        corner[:3, 3] = (scan.affine @ [*(part.start for part in box), 1])[:3]
-        native = volume.restore(structures, affine, found[box].shape, corner)
-        found[box] = clean(classes_of(native), classes)
+        corner[:3, 3] = (scan.affine @ [*(part.start for part in where), 1])[:3]
+        native = volume.restore(structures, affine, found[where].shape, corner)
+        found[where] = clean(classes_of(native), classes)
     return found
 
 

@@ -6,8 +6,8 @@ import pytest
 
 from onelabel.errors import DataError
 from onelabel.imaging.metrics import dice
-from onelabel.imaging.resample import resample
-from onelabel.imaging.volume import Grid, Volume, box, conform, conform_mask, reorient, restore, scale
+from onelabel.imaging.resample import box, resample
+from onelabel.imaging.volume import Grid, Volume, conform, conform_mask, reorient, restore, scale
 
 ORIENTATIONS = [
     np.array([[sign * (axis == column) for axis in range(3)] for sign, column in zip(signs, order, strict=True)])
@@ -254,7 +254,7 @@ def test_a_box_holds_all_of_a_structure(seed: int) -> None:
     low = rng.integers(0, 12, 3)
     probability[tuple(slice(a, a + b) for a, b in zip(low, rng.integers(1, 5, 3), strict=True))] = 1
     native = restore(probability, affine, scan.shape, scan.affine) > 0.5
-    found = box(probability > 0.5, affine, scan)
+    found = box(probability > 0.5, affine, scan.affine, scan.shape)
     if native.any():
         assert found and native[found].sum() == native.sum()
-    assert box(np.zeros(grid.size, bool), affine, scan) is None
+    assert box(np.zeros(grid.size, bool), affine, scan.affine, scan.shape) is None
