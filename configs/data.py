@@ -62,7 +62,7 @@ class DataConfig(Base):
 
     @model_validator(mode="after")
     def _named(self) -> Self:
-        if self.ignore in (0, *(self.classes or ())):
+        if self.ignore in (0, *(self.classes or (1,))):  # one structure is written as 1
             raise ValueError(f"ignore {self.ignore} cannot be the value of a class, too")
         if self.classes is None:
             return self

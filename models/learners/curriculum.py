@@ -1,6 +1,5 @@
 """Learn what an uncertainty-aware teacher is sure of, unlearn what it doubts (arXiv 2602.08797)."""
 
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -12,6 +11,8 @@ from onelabel.imaging.labels import IGNORE
 from onelabel.models import losses
 from onelabel.models.learners.base import Learner, Progress, Samples, ramp
 from onelabel.models.networks.unet import set_dropout
+from onelabel.models.predictor import likeliest
+from onelabel.models.rankers.confidence import certainty
 from onelabel.models.rankers.views import sample_views, seen_by
 
 
@@ -79,11 +80,6 @@ class CurriculumLearner(Learner):
         return mean / (1 + len(self.views))
 
 
-def confidence_of(probability: Tensor, /) -> Tensor:
-    """One less the entropy, as a share of the largest there can be: (B, C, *size) -> (B, *size)."""
-    return 1 - torch.special.entr(probability).sum(1) / math.log(probability.shape[1])
-
-
 def agreed(taught: Tensor, said: Tensor, /, *, margin: float) -> tuple[Tensor, Tensor]:
     """The pseudo-label that teacher and student agree on, and how sure it is.
 
@@ -97,8 +93,8 @@ def agreed(taught: Tensor, said: Tensor, /, *, margin: float) -> tuple[Tensor, T
     -------
     label : (B, *size) int with IGNORE; confidence : (B, *size) in [0, 1]
     """
-    teacher, student = taught.argmax(1), said.argmax(1)
-    confidence, own = confidence_of(taught), confidence_of(said)
+    teacher, student = likeliest(taught), likeliest(said)
+    confidence, own = certainty(taught), certainty(said)
     overruled = (teacher != student) & (own > confidence + margin)
     kept = (teacher == student) | (confidence > own + margin)
     label = student.where(overruled, teacher.where(kept, IGNORE))

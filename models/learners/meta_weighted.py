@@ -15,6 +15,7 @@ from onelabel.imaging import random
 from onelabel.imaging.labels import IGNORE
 from onelabel.models import losses
 from onelabel.models.learners.base import Learner, Progress, Samples
+from onelabel.models.predictor import likeliest
 
 
 class MetaWeightedLearner(Learner):
@@ -170,7 +171,7 @@ def enhanced(logits: Tensor, warps: Sequence[Warp], /) -> Tensor:
     """
     back, seen = _unwarped(logits, warps)
     mean = (back * seen).sum(0) / seen.sum(0).clamp(min=1)
-    return look_at_label(mean.argmax(1), warps)
+    return look_at_label(likeliest(mean), warps)
 
 
 def consistency(logits: Tensor, warps: Sequence[Warp], /) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from onelabel.configs.learners import ReciprocalConfig
 from onelabel.models import losses
 from onelabel.models.learners.base import Learner, Progress, Samples, optimiser_of
+from onelabel.models.predictor import likeliest
 
 Part = tuple[Progress, Samples, Samples]
 
@@ -66,7 +67,7 @@ class ReciprocalLearner(Learner):
         self.teacher.eval()
         with self.autocast():
             logits: Tensor = self.teacher(image)
-        return logits.argmax(1)
+        return likeliest(logits)
 
     def _cost(self, network: nn.Module, samples: Samples, label: Tensor) -> Tensor:
         network.train()

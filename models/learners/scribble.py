@@ -13,6 +13,7 @@ from onelabel.models import losses
 from onelabel.models.learners.base import Learner, Progress, Samples, ramp
 from onelabel.models.networks.autoencoder import one_hot
 from onelabel.models.networks.unet import UNet
+from onelabel.models.predictor import likeliest
 
 
 class ScribbleLearner(Learner):
@@ -62,7 +63,7 @@ def membership(probability: Tensor, label: Tensor, /, *, sure: float) -> Tensor:
     -------
     (B, C, *size) float32, 0 for all voxels where a class is absent
     """
-    best, winner = probability.max(1)
+    best, winner = probability.amax(1), likeliest(probability)
     known = label != IGNORE
     share = torch.where(known, 1.0, best * (best >= sure))
     return one_hot(torch.where(known, label, winner), probability.shape[1]) * share.unsqueeze(1)

@@ -29,8 +29,7 @@ class ConfidenceRanker(Ranker):
     def _of_one(self, probability: Tensor, mask: Tensor) -> Tensor:
         """Of probabilities (classes, *size), and their foreground (*size)."""
         within = probability[:, _widened(mask, self.config.dilate)]
-        entropy = torch.special.entr(within).sum(0).mean() / math.log(len(probability))
-        return torch.where(mask.any(), 1 - entropy, 0.0)
+        return torch.where(mask.any(), certainty(within[None]).mean(), 0.0)
 
     def _mean(self, image: Tensor, probability: Tensor, predict: Predict) -> Tensor:
         if self.config.of == "prediction":
@@ -42,6 +41,11 @@ class ConfidenceRanker(Ranker):
             torch.manual_seed(derive("dropout", number))  # dropout draws from nothing else
             total += predict(image, dropout=True)
         return total / len(self.views)
+
+
+def certainty(probability: Tensor, /) -> Tensor:
+    """One less the entropy, as a share of the largest there can be: (B, classes, *size) -> (B, *size)."""
+    return 1 - torch.special.entr(probability).sum(1) / math.log(probability.shape[1])
 
 
 def _widened(mask: Tensor, voxels: int) -> Tensor:

@@ -10,6 +10,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from onelabel.imaging.labels import IGNORE
+from onelabel.imaging.scribbles import scribble
+
+KINDS = ("structures", "scribbles")  # of labels beside masks: folders, and columns of the manifests
+UNKNOWN = 255  # what no scribble touches
 SETTINGS = [
     *("singlestrip", "stages.*.ranker={type: autoencoder}", "smoke"),
     *("stages.1.rounds=1", "stages.*.steps=40", "stages.*.ranker.steps=80"),
@@ -18,7 +23,7 @@ SETTINGS = [
 
 
 def phantom(seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """A head of 7 mm voxels, (30, 34, 32): scalp, skull and brain as nested ellipsoids, and the brain's mask."""
+    """A head of 7 mm voxels, (30, 34, 32): scalp, skull and brain as nested ellipsoids; the brain's rind 1, core 2."""
     rng = np.random.default_rng(seed)
     size = np.array([30, 34, 32])
     centre = (size - 1) / 2 + rng.uniform(-1.5, 1.5, 3)
@@ -27,27 +32,32 @@ def phantom(seed: int) -> tuple[np.ndarray, np.ndarray]:
     radius = np.sqrt((place**2).sum(0))
     image = np.select([radius < 0.6, radius < 1, radius < 1.15, radius < 1.35], [0.9, 0.6, 0.15, 0.8], 0.02)
     image = image + rng.normal(0, 0.02, size)
-    return (1000 * np.clip(image, 0, None)).astype(np.float32), (radius < 1).astype(np.uint8)
+    return (1000 * np.clip(image, 0, None)).astype(np.float32), (radius < 1).astype(np.uint8) + (radius < 0.6)
 
 
 @pytest.fixture(scope="session")
 def heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Manifests labelled.csv, unlabelled.csv (with one broken file) and test.csv."""
+    """Manifests labelled.csv, unlabelled.csv (with one broken file) and test.csv; labels of three kinds."""
     folder = tmp_path_factory.mktemp("heads")
     affine = np.diag([-7.0, 7.0, 7.0, 1.0])
+    for kind in KINDS:
+        (folder / kind).mkdir()
     groups = {"labelled": range(1), "unlabelled": range(1, 6), "test": range(6, 8)}
     for group, seeds in groups.items():
         rows = []
         for seed in seeds:
-            image, mask = phantom(seed)
-            nib.save(nib.Nifti1Image(image, affine), folder / f"head{seed}.nii.gz")
-            nib.save(nib.Nifti1Image(mask, affine), folder / f"head{seed}_mask.nii.gz")
-            rows.append([f"head{seed}", f"head{seed}.nii.gz", f"head{seed}_mask.nii.gz"])
+            image, structures = phantom(seed)
+            lines = scribble(structures.astype(np.int32), spacing_mm=(7, 7, 7))
+            labels = (structures > 0, structures, np.where(lines == IGNORE, UNKNOWN, lines))
+            files = [f"head{seed}.nii.gz", f"head{seed}_mask.nii.gz", *(f"{kind}/head{seed}.nii.gz" for kind in KINDS)]
+            for name, data in zip(files, (image, *(label.astype(np.uint8) for label in labels)), strict=True):
+                nib.save(nib.Nifti1Image(data, affine), folder / name)
+            rows.append([f"head{seed}", *files])
         if group == "unlabelled":
             (folder / "broken.nii.gz").write_bytes(b"not an image")
-            rows.append(["broken", "broken.nii.gz", ""])
+            rows.append(["broken", "broken.nii.gz", "", "", ""])
         with (folder / f"{group}.csv").open("w", newline="") as file:
-            csv.writer(file).writerows([["key", "image", "label"], *rows])
+            csv.writer(file).writerows([["key", "image", "label", *KINDS], *rows])
     return folder
 
 

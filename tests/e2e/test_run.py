@@ -1,10 +1,7 @@
 """The whole of a run on real Ray, real MLflow and real NIfTI; and what faults must not change."""
 
 import json
-import os
-import signal
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,27 +9,12 @@ import nibabel as nib
 import numpy as np
 import psutil
 import pyarrow.parquet as pq
-import pytest
-import torch
+from processes import assert_same_run, kill_once, wait_for
 
 from onelabel.orchestrator.tracking import open_client
 
 Command = Callable[..., list[str]]
 Finished = tuple[Path, subprocess.CompletedProcess[str]]
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    loaded: dict[str, torch.Tensor] = torch.load(folder / "checkpoint/weights.pt", weights_only=True)
-    return loaded
-
-
-def assert_same_run(folder: Path, reference: Path) -> None:
-    """Equal weights, bit for bit, and equal selections in all rounds."""
-    for number in ("round-00", "round-01"):
-        ours, theirs = weights(folder / number), weights(reference / number)
-        assert all(torch.equal(ours[name], theirs[name]) for name in theirs), number
-        selected = [pq.read_table(f / number / "selection.parquet")["key"].to_pylist() for f in (folder, reference)]
-        assert selected[0] == selected[1], number
 
 
 def test_run_leaves_every_round_complete(finished: Finished) -> None:
@@ -107,23 +89,9 @@ def test_killed_driver_resumes(finished: Finished, command: Command, tmp_path: P
     run = tmp_path / "singlestrip"
     for reached in STAGES.values():
         process = subprocess.Popen(command(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        family = wait_for(lambda reached=reached: reached(run), process)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        for survivor in psutil.wait_procs(family, timeout=10)[1]:
-            survivor.kill()  # Ray's agents outlive the node by minutes
+        kill_once(lambda reached=reached: reached(run), process)
         assert not (run / "round-01/done").exists()
     last = subprocess.run(command(tmp_path), capture_output=True, text=True, check=False, timeout=1200)
     assert last.returncode == 1, last.stderr[-3000:]
     assert_same_run(run, finished[0])
     assert not list(run.glob("**/training"))
-
-
-def wait_for(reached: Callable[[], bool], process: "subprocess.Popen[bytes]") -> list[psutil.Process]:
-    """Until a condition holds; the processes that the run has started by then."""
-    deadline = time.monotonic() + 900
-    while not reached():
-        if process.poll() is not None or time.monotonic() > deadline:
-            pytest.fail(f"the run ended (exit code {process.poll()}) or stalled before what was waited for")
-        time.sleep(0.02)
-    return psutil.Process(process.pid).children(recursive=True)

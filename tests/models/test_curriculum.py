@@ -11,7 +11,8 @@ from onelabel.configs.load import load
 from onelabel.errors import ConfigError
 from onelabel.imaging.labels import IGNORE
 from onelabel.models.learners import Progress
-from onelabel.models.learners.curriculum import CurriculumLearner, agreed, confidence_of
+from onelabel.models.learners.curriculum import CurriculumLearner, agreed
+from onelabel.models.rankers.confidence import certainty
 
 
 def voxels(*rows: tuple[float, ...]) -> Tensor:
@@ -22,10 +23,10 @@ def voxels(*rows: tuple[float, ...]) -> Tensor:
 @pytest.mark.parametrize("classes", [2, 3, 5])
 def test_confidence_goes_from_0_to_1(classes: int) -> None:
     equal, sure = torch.full((1, classes, 4), 1 / classes), torch.eye(classes)[:1].unsqueeze(2)
-    assert confidence_of(equal) == pytest.approx(0, abs=1e-6)
-    assert confidence_of(sure).item() == 1
+    assert certainty(equal) == pytest.approx(0, abs=1e-6)
+    assert certainty(sure).item() == 1
     between = torch.randn(2, classes, 30).softmax(1)
-    assert ((confidence_of(between) > 0) & (confidence_of(between) < 1)).all()
+    assert ((certainty(between) > 0) & (certainty(between) < 1)).all()
 
 
 def test_teacher_and_student_agree_by_hand() -> None:
