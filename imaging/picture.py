@@ -1,7 +1,8 @@
-"""A small picture of a mask: three slices of its scan, with its outline."""
+"""A small picture of a mask: three slices of its scan, with the outline of each structure."""
 
 import io
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,7 @@ HEIGHT = 96  # pixels
 _WIDEST = 2 * HEIGHT
 _GAP = 2
 _GREYS = 31  # few, to be small
-_OUTLINE = _GREYS
-_COLOUR = (255, 96, 32)
+_COLOURS = ((255, 96, 32), (51, 204, 255), (128, 255, 64), (255, 96, 255))  # of structures, in turn
 
 
 def overlay(image: Volume, mask: NDArray[Any], /) -> bytes:
@@ -26,49 +26,53 @@ def overlay(image: Volume, mask: NDArray[Any], /) -> bytes:
 
     Parameters
     ----------
-    mask : (*size) on the image's grid; where it is empty, the slices run through the centre of the image
+    mask : (*size) labels on the image's grid; where it is empty, the slices run through the centre of the image
     """
-    panels = [_panel(*planes) for planes in _slices(image, mask > 0)]
+    structures = np.unique(mask[mask > 0])
+    panels = [_panel(*planes, structures) for planes in _slices(image, mask)]
     seen = _scaled(panels)
     sheet = np.zeros((HEIGHT, sum(grey.shape[1] for grey in seen) + _GAP * (len(seen) - 1)), np.uint8)
     left = 0
-    for grey, (_, inside) in zip(seen, panels, strict=True):
-        grey[inside & ~binary_erosion(inside, border_value=1)] = _OUTLINE
+    for grey, (_, parts) in zip(seen, panels, strict=True):
+        for place, inside in enumerate(parts):
+            grey[inside & ~binary_erosion(inside, border_value=1)] = _GREYS + place % len(_COLOURS)
         sheet[:, left : left + grey.shape[1]] = grey
         left += grey.shape[1] + _GAP
     picture = Image.frombytes("P", sheet.shape[::-1], sheet.tobytes())
     greys = np.linspace(0, 255, _GREYS).round().astype(int).tolist()
-    picture.putpalette([level for grey in greys for level in (grey, grey, grey)] + list(_COLOUR))
+    picture.putpalette([level for grey in greys for level in (grey, grey, grey)] + list(chain(*_COLOURS)))
     file = io.BytesIO()
     picture.save(file, "PNG", optimize=True)
     return file.getvalue()
 
 
-def _slices(image: Volume, mask: NDArray[np.bool_]) -> Iterator[tuple[NDArray, NDArray, tuple[float, float]]]:
+def _slices(image: Volume, mask: NDArray[Any]) -> Iterator[tuple[NDArray, NDArray, tuple[float, float]]]:
     """Slices (rows, columns) of image and mask, and the size of their pixels in mm."""
     orientation = io_orientation(image.affine)
-    data, inside = apply_orientation(image.data, orientation), apply_orientation(mask, orientation)
+    data, labels = apply_orientation(image.data, orientation), apply_orientation(mask, orientation)
     spacing = np.empty(3)
     spacing[orientation[:, 0].astype(int)] = image.spacing_mm
     for axis in range(3):
         others = tuple(other for other in range(3) if other != axis)
-        along = inside.sum(axis=others)
+        along = np.count_nonzero(labels, axis=others)
         place = int(round(np.average(np.arange(len(along)), weights=along))) if along.any() else len(along) // 2
         at = (*(slice(None),) * axis, place)
-        planes = (part[at].T[::-1] for part in (data, inside))
+        planes = (part[at].T[::-1] for part in (data, labels))
         yield next(planes), next(planes), (spacing[others[1]], spacing[others[0]])
 
 
-def _panel(data: NDArray, inside: NDArray, pixel_mm: tuple[float, float]) -> tuple[NDArray, NDArray]:
-    """Image and mask at the height of the picture."""
+def _panel(
+    data: NDArray, labels: NDArray, pixel_mm: tuple[float, float], structures: NDArray
+) -> tuple[NDArray, list[NDArray]]:
+    """Image and mask of each structure at the height of the picture."""
     height, width = np.multiply(data.shape, pixel_mm)
     size = max(1, min(_WIDEST, round(HEIGHT * width / height))), HEIGHT
     grey = Image.fromarray(np.ascontiguousarray(data, np.float32)).resize(size, Image.Resampling.BILINEAR)
-    share = Image.fromarray(inside.astype(np.float32)).resize(size, Image.Resampling.BILINEAR)
-    return np.asarray(grey), np.asarray(share) > 0.5
+    shares = [Image.fromarray((labels == one).astype(np.float32)) for one in structures]
+    return np.asarray(grey), [np.asarray(share.resize(size, Image.Resampling.BILINEAR)) > 0.5 for share in shares]
 
 
-def _scaled(panels: list[tuple[NDArray, NDArray]]) -> list[NDArray]:
+def _scaled(panels: list[tuple[NDArray, list[NDArray]]]) -> list[NDArray]:
     """Grey levels of the slices, on one scale."""
     try:
         levels = scale(np.concatenate([grey.ravel() for grey, _ in panels])) * (_GREYS - 1)

@@ -1,5 +1,6 @@
 """The quality page of a stripped cohort: the masks to look at first on top, with what to expect of each."""
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ ENOUGH_SCANS = 3  # for a plot
 BATCH_ROWS = 64  # read at a time, with their pictures
 
 SECONDS = ("seconds_load", "seconds_predict", "seconds_trust", "seconds_save")
-WORDS = ("key", "image", "flags", "error_class", "error")
+WORDS = ("key", "image", "structures_ml", "flags", "error_class", "error")
 NUMBERS = ("volume_ml", "score", "expected_dice", "expected_low", "expected_high", *SECONDS)
 
 Fact = tuple[str, str, str]  # a title, a figure, more about it
@@ -191,6 +192,8 @@ def _card(row: Row, picture: bytes | None) -> dict[str, Any]:
 def _figures(row: Row) -> Iterator[tuple[str, str]]:
     if row["volume_ml"] is not None:
         yield "volume", f"{row['volume_ml']:,.0f} ml"
+    for name, volume_ml in json.loads(row["structures_ml"] or "{}").items():
+        yield name, f"{volume_ml:,.1f} ml"
     if row["expected_dice"] is not None:
         known = row["expected_low"] is not None and row["expected_high"] is not None
         interval = f" ({row['expected_low']:.3f} to {row['expected_high']:.3f})" if known else ""

@@ -70,7 +70,9 @@ def rank(
     judged = _cohort(masks(source), scans(images) if images else {})
     config = _config(image, mask, out, segmenter, settings)
     if config.data.classes:
-        raise ConfigError("masks are ranked as one structure, whatever their labels: leave out data.classes")
+        raise ConfigError(
+            "masks are ranked as one structure, as are the damaged ones learned from: leave out data.classes"
+        )
     ranker = _ranker(config, segmenter)
     cohorts, folder = Cohorts(open_cohorts(config).labelled, judged, None), open_folder(config)
     preload()

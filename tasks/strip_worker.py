@@ -33,6 +33,7 @@ SCHEMA = pa.schema(
     [
         *((name, pa.string()) for name in ("key", "image", "mask", "brain", "distance")),
         *((name, pa.float64()) for name in ("volume_ml", "score", "expected_dice", "expected_low", "expected_high")),
+        ("structures_ml", pa.string()),
         ("flag", pa.bool_()),
         ("flags", pa.string()),
         ("grid", pa.string()),
@@ -199,6 +200,7 @@ class Stripper:
             "brain": self.out.path(job.brain) if job.brain else None,
             "distance": self.out.path(job.distance) if job.distance else None,
             "volume_ml": volume_ml,
+            "structures_ml": self._structures_ml(mask),
             "flags": "; ".join(flags),
             "grid": grid_words(mask.data.shape, worst.volume.spacing_mm),
             "picture": drawn,
@@ -206,6 +208,15 @@ class Stripper:
         trust = asdict(worst.trust) if worst.trust else {}
         seconds = {f"seconds_{phase}": took for phase, took in clock.seconds.items()}
         return found | trust | seconds | {"flag": doubtful(flags)}
+
+    def _structures_ml(self, mask: Volume) -> str | None:
+        """Volume of each of several structures by name, as JSON; of several masks the mean."""
+        classes, masks = self.predictor.classes, math.prod(mask.data.shape[3:])
+        if len(classes) == 2:
+            return None
+        values = {name: known[0] for name, known in zip(classes.names[1:], classes.values[1:], strict=True)}
+        found = {name: metrics.volume_mm3(mask.data == value, mask.spacing_mm) for name, value in values.items()}
+        return json.dumps({name: round(mm3 / 1000 / masks, 3) for name, mm3 in found.items()})
 
     def _save(self, job: Job, mask: Volume, like: Path) -> None:
         """Write what is wanted, the mask last."""

@@ -23,8 +23,5 @@ class AutoencoderLearner(Learner):
         target = torch.cat([views(mask, shape) for mask in batch["train"].label])
         if shape.dims == 2:
             target = target[torch.randperm(len(target))[: self.base.slices].to(target.device)]
-        self.network.train()
-        with self.autocast():
-            logits = self.network(target)
         early = progress.step < self.base.foreground_share * progress.steps
-        return self.descend(losses.reconstruction(logits.float(), target, foreground=early), progress)
+        return self.descend(losses.reconstruction(self.logits(target), target, foreground=early), progress)

@@ -85,6 +85,14 @@ class Learner(ABC):
         """Mixed precision where the hardware has it."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
+    def logits(self, image: Tensor, network: nn.Module | None = None, /) -> Tensor:
+        """What a network in training, else its own, says of images: (B, classes, *size) float32."""
+        network = self.network if network is None else network
+        network.train()
+        with self.autocast():
+            said: Tensor = network(image)
+        return said.float()
+
     def parts(self, batch: Mapping[str, Samples], progress: Progress) -> list[tuple[Progress, Mapping[str, Samples]]]:
         """All parts of a step's batch once the last is there, none before: for steps that need them more than once."""
         if progress.part == 0:

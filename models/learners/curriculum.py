@@ -35,8 +35,8 @@ class CurriculumLearner(Learner):
         L = L_sup + r(t) (L_sup(S, y | c >= learn) + a U(S, y | c < unlearn)), U negative learning, y and c of `agreed`.
         """
         labelled, unlabelled = batch["labelled"], batch["unlabelled"]
-        known = _cost(self._logits(labelled.image), labelled.label, labelled.weight)
-        logits = self._logits(unlabelled.image)
+        known = _cost(self.logits(labelled.image), labelled.label, labelled.weight)
+        logits = self.logits(unlabelled.image)
         label, confidence = agreed(self._taught(unlabelled.image), logits.detach().softmax(1), margin=self.base.margin)
         sure = label.where(confidence >= self.base.learn, IGNORE)
         doubtful = label.where(confidence < self.base.unlearn, IGNORE)
@@ -53,12 +53,6 @@ class CurriculumLearner(Learner):
             | {"labelled_loss": known.item(), "learn_loss": learned.item(), "unlearn_loss": unlearned.item()}
             | shares
         )
-
-    def _logits(self, image: Tensor) -> Tensor:
-        self.network.train()
-        with self.autocast():
-            logits: Tensor = self.network(image)
-        return logits.float()
 
     @torch.no_grad()
     def _taught(self, image: Tensor) -> Tensor:

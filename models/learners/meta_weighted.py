@@ -47,7 +47,7 @@ class MetaWeightedLearner(Learner):
         """Gradient of the meta loss G, the cross-entropy of clean labels, by the name of the parameter."""
         self.optimiser.zero_grad()
         for samples in labelled:
-            logits = self._logits(look(samples.image, warps))
+            logits = self.logits(look(samples.image, warps))
             (_clean_cost(logits, samples, warps) / len(labelled)).backward()
         self.average(list(self.network.parameters()))
         named = self.network.named_parameters()
@@ -55,7 +55,7 @@ class MetaWeightedLearner(Learner):
 
     def _pseudo_loss(self, samples: Samples, warps: Sequence["Warp"], clean: Mapping[str, Tensor]) -> Tensor:
         image = look(samples.image, warps)
-        logits = self._logits(image)
+        logits = self.logits(image)
         label = torch.stack([look_at_label(samples.label, warps), enhanced(logits.detach(), warps)])
         weight = meta_weights(self.network, image, label, clean, views=len(warps))
         cost = (weight * costs(logits, label)).sum(0).unflatten(0, (len(warps), -1)).sum(0).flatten(1).sum(1)
@@ -63,7 +63,7 @@ class MetaWeightedLearner(Learner):
 
     def _clean_loss(self, samples: Samples, warps: Sequence["Warp"]) -> Tensor:
         image = look(samples.image, warps)
-        logits = self._logits(image)
+        logits = self.logits(image)
         return _clean_cost(logits, samples, warps) + self._agreement(image, logits, warps)
 
     def _agreement(self, image: Tensor, logits: Tensor, warps: Sequence["Warp"]) -> Tensor:
@@ -73,12 +73,6 @@ class MetaWeightedLearner(Learner):
             taught = self.predictor().eval()(noisy).float().softmax(1)
         differences = (logits.softmax(1) - taught).square().mean()
         return self.base.consistency_weight * consistency(logits, warps) + self.base.teacher_weight * differences
-
-    def _logits(self, image: Tensor) -> Tensor:
-        self.network.train()
-        with self.autocast():
-            logits: Tensor = self.network(image)
-        return logits.float()
 
 
 def costs(logits: Tensor, label: Tensor, /) -> Tensor:

@@ -70,10 +70,7 @@ class ReciprocalLearner(Learner):
         return likeliest(logits)
 
     def _cost(self, network: nn.Module, samples: Samples, label: Tensor) -> Tensor:
-        network.train()
-        with self.autocast():
-            logits = network(samples.image)
-        return losses.cross_entropy(logits.float(), label, samples.weight)
+        return losses.cross_entropy(self.logits(samples.image, network), label, samples.weight)
 
     def _feel(self, parts: list[Part]) -> float:
         """Leave the gradient of the student's loss on labels in its parameters, which stay; returns the loss."""

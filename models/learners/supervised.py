@@ -15,10 +15,7 @@ class SupervisedLearner(Learner):
     def step(self, batch: Mapping[str, Samples], progress: Progress) -> dict[str, float]:
         """Learn from the stream `train`."""
         samples = batch["train"]
-        self.network.train()
-        with self.autocast():
-            logits = self.network(samples.image)
-        logits = logits.float()
+        logits = self.logits(samples.image)
         dice = losses.soft_dice(logits, samples.label, samples.weight)
         entropy = losses.cross_entropy(logits, samples.label, samples.weight)
         logged = self.descend(self.base.dice_weight * dice + self.base.ce_weight * entropy, progress)

@@ -39,6 +39,15 @@ def test_it_shows_three_slices_with_the_masks_outline(spacing_mm: tuple[float, .
             assert along.max() - along.min() == pytest.approx(HEIGHT * 120 / 180, abs=5)
 
 
+def test_each_structure_has_an_outline_of_its_own_colour() -> None:
+    whole = ball((180, 180, 180), (1, 1, 1))
+    labels = whole * 7
+    labels[:90] *= 2
+    drawn = picture(Volume(whole.astype(np.float32), np.eye(4)), labels)
+    for colour in (COLOUR, (51, 204, 255)):
+        assert (drawn == colour).all(-1).any(), colour
+
+
 def test_up_is_up_and_front_is_front() -> None:
     data = np.zeros((40, 50, 60), np.float32)
     data[20:, 25:, 30:] = 1  # right, front, top

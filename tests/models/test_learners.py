@@ -24,7 +24,7 @@ MEANS = [name for name in LEARNERS if CONFIGS[name].model_fields["ema"].default]
 SEGMENTERS = [name for name, each in LEARNERS.items() if each.segments]
 # The same views in every part and worker.
 FIXED: dict[str, dict[str, Any]] = {"meta_weighted": {"noise": 0.0, "zoom": (1.2, 1.2)}}
-OVERLAYS = {"smoke"}
+OVERLAYS = {"smoke", "default_brain"}
 UNREAD = {"reciprocal": "unlabelled", "curriculum": "unlabelled"}
 TEACHERS: dict[str, Callable[[Learner], nn.Module]] = {
     **dict.fromkeys(MEANS, Learner.predictor),
