@@ -15,7 +15,7 @@ seeds, corrected by Holm's method. For example
 
 python benchmarks/strategies.py la grid.spacing_mm=2.5 grid.size=[64,64,48] synthesis.strip.probability=0
 python benchmarks/strategies.py ixi --labelled 5 --label tissue grid.spacing_mm=4 grid.size=[48,64,64]
-    data.classes=[background,csf,grey,white,hindbrain]
+    data.classes=[background,csf,grey,white,hindbrain] data.largest=all
 python benchmarks/strategies.py acdc --label label --scribble scribble grid.spacing_mm=[1.5,1.5,10]
     grid.size=[224,256,16] grid.patch=[128,128,16] data.classes=[background,right,myocardium,left] data.ignore=255
 """
