@@ -100,6 +100,10 @@ def test_its_network_is_put_to_use(undisturbed: Run, heads: Path, preset: str, t
     assert all(f"Dice, {name}" in page for name in names)
     scans = [str(heads / f"head{number}.nii.gz") for number in (6, 7)]
     assert strip(scans, out=tmp_path, checkpoint=run, workers=1).stripped == 2
+    for row in pq.read_table(tmp_path / "strip.parquet").to_pylist():
+        volumes = json.loads(row["structures_ml"] or "{}")
+        assert tuple(volumes) == names
+        assert not several or sum(volumes.values()) == pytest.approx(row["volume_ml"], abs=0.01)
     rows = evaluate(str(tmp_path), str(heads / "structures" / "head[67].nii.gz" if several else heads / "test.csv"))
     assert {row["class"] for row in rows} == ({"1", "2"} if several else {"foreground"})
     for row in pq.read_table(last / "test.parquet").to_pylist():
