@@ -1,6 +1,6 @@
 """Which ranker knows good masks from bad ones, and how far is the expected Dice from the true one?
 
-python benchmarks/trust.py DATA [--storage runs] [--ages 40,80,160,320,1000] [--seed 0] [key=value ...]
+python benchmarks/trust.py DATA [--storage runs] [--ages 40,80,160,320,1000] [--seeds 0,1,2] [key=value ...]
 
 DATA/ixi/participants.csv has columns key, split, image, mask. So that the pool spans bad masks and good ones, the first
 stage of `singlestrip` is run several times, each with the number of steps of an age; every scan of the unlabelled pool
@@ -10,6 +10,7 @@ where they were cut off.
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,23 +39,24 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--storage", type=Path, default=Path("runs"))
     parser.add_argument("--ages", default="40,80,160,320,1000")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("settings", nargs="*", help="key=value")
     options = parser.parse_intermixed_args()
-    configs = [_config(options, int(age)) for age in options.ages.split(",")]
-    tables = [_scored(config, configs[0]) for config in configs]
-    columns = [*columns_of(configs[0].stages[0].ranker), EXPECTED[0]]
-    sys.stdout.write("\n\n".join([_pool(configs, tables), _ranks(columns, tables), _expected(tables)]) + "\n")
+    ages, seeds = ([int(part) for part in text.split(",")] for text in (options.ages, options.seeds))
+    config = partial(_config, options)
+    tables = [[_scored(config(age, seed), config(ages[0], seed)) for seed in seeds] for age in ages]
+    columns = [*columns_of(config(ages[0], seeds[0]).stages[0].ranker), EXPECTED[0]]
+    sys.stdout.write("\n\n".join([_pool(ages, tables), _ranks(ages, columns, tables), _expected(ages, tables)]) + "\n")
 
 
-def _config(options: argparse.Namespace, age: int) -> RunConfig:
+def _config(options: argparse.Namespace, age: int, seed: int) -> RunConfig:
     stage = (
         "stages=[{name: base, start: scratch, learner: {type: supervised, learning_rate: 1.0e-3}, select: {k: 1},"
         f" streams: {{train: [{{type: synthetic, of: labelled}}]}}, steps: {age}, expect: {{images: 64}},"
         f" ranker: {RANKERS}}}]"
     )
     data = split(options.data / "ixi", labelled="labelled", unlabelled="unlabelled")
-    named = [f"name=trust-{options.seed}-{age}", f"seed={options.seed}", f"storage={options.storage}"]
+    named = [f"name=trust-{seed}-{age}", f"seed={seed}", f"storage={options.storage}"]
     return load(["singlestrip", stage, *data, *named, "compute.threads=2", *options.settings])
 
 
@@ -71,48 +73,60 @@ def _scored(config: RunConfig, first: RunConfig) -> pa.Table:
     return scores.filter(pc.is_valid(scores["dice"]))
 
 
-def _pool(configs: list[RunConfig], tables: list[pa.Table]) -> str:
+def _pool(ages: list[int], tables: list[list[pa.Table]]) -> str:
     lines = ["| steps | masks | mean Dice | worst | best |", "|---|---|---|---|---|"]
-    for config, table in zip(configs, tables, strict=True):
-        dice = table["dice"].to_numpy()
-        lines.append(
-            f"| {config.stages[0].steps} | {len(dice)} | {dice.mean():.3f} | {dice.min():.3f} | {dice.max():.3f} |"
-        )
+    for age, part in zip(ages, tables, strict=True):
+        dice = np.concatenate([table["dice"].to_numpy() for table in part])
+        lines.append(f"| {age} | {len(dice)} | {dice.mean():.3f} | {dice.min():.3f} | {dice.max():.3f} |")
     return "\n".join(lines)
 
 
-def _ranks(columns: list[str], tables: list[pa.Table]) -> str:
-    """Spearman's correlation with Dice over all ages, with a bootstrap interval over scans, and within each."""
-    head = ["ranker", "all ages", "95 %", *(f"age {place + 1}" for place in range(len(tables)))]
+def _ranks(ages: list[int], columns: list[str], tables: list[list[pa.Table]]) -> str:
+    """Spearman's correlation with Dice, mean over seeds: over all ages, with a bootstrap interval, and within each."""
+    head = ["ranker", "all ages", "95 %", *(f"{age} steps" for age in ages)]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    dice = _values("dice", tables)
     for name in columns:
-        scores, dice = (np.stack([table[column].to_numpy() for table in tables]) for column in (name, "dice"))
+        scores = _values(name, tables)
         low, high = _interval(scores, dice)
-        whole = spearmanr(scores.ravel(), dice.ravel()).statistic
-        within = [f"{spearmanr(*pair).statistic:.2f}" for pair in zip(scores, dice, strict=True)]
-        lines.append(f"| {name} | {whole:.3f} | {low:.3f} to {high:.3f} | " + " | ".join(within) + " |")
+        within = [f"{_spearman(scores[:, [age]], dice[:, [age]]):.2f}" for age in range(len(ages))]
+        line = [name, f"{_spearman(scores, dice):.3f}", f"{low:.3f} to {high:.3f}", *within]
+        lines.append("| " + " | ".join(line) + " |")
     return "\n".join(lines)
+
+
+def _values(column: str, tables: list[list[pa.Table]]) -> np.ndarray:
+    """A column's numbers, (seeds, ages, scans)."""
+    return np.stack([[table[column].to_numpy() for table in part] for part in zip(*tables, strict=True)])
+
+
+def _spearman(scores: np.ndarray, dice: np.ndarray) -> float:
+    """Mean over seeds of the correlation over all masks of a seed; both (seeds, ages, scans)."""
+    return float(
+        np.mean([spearmanr(*(one.ravel() for one in pair)).statistic for pair in zip(scores, dice, strict=True)])
+    )
 
 
 def _interval(scores: np.ndarray, dice: np.ndarray) -> tuple[float, float]:
-    """95 % of the correlations of pools of scans drawn with replacement, all ages of a scan together."""
-    rng = np.random.default_rng(0)
-    drawn = rng.integers(scores.shape[1], size=(DRAWS, scores.shape[1]))
-    found = [spearmanr(scores[:, one].ravel(), dice[:, one].ravel()).statistic for one in drawn]
-    low, high = np.quantile(found, [0.025, 0.975])
+    """95 % of what pools of scans drawn with replacement have, all masks of a scan together."""
+    drawn = np.random.default_rng(0).integers(scores.shape[2], size=(DRAWS, scores.shape[2]))
+    low, high = np.quantile([_spearman(scores[..., one], dice[..., one]) for one in drawn], [0.025, 0.975])
     return float(low), float(high)
 
 
-def _expected(tables: list[pa.Table]) -> str:
+def _expected(ages: list[int], tables: list[list[pa.Table]]) -> str:
     """How far the expected Dice is from the true one, and what its flags catch."""
-    lines = ["| age | error | bias | inside the interval | flagged | of these bad | bad unflagged |", "|" + "---|" * 7]
-    for place, part in enumerate([*([table] for table in tables), tables]):
+    lines = [
+        "| steps | error | bias | inside the interval | flagged | of these bad | bad unflagged |",
+        "|" + "---|" * 7,
+    ]
+    for age, part in [*zip(map(str, ages), tables, strict=True), ("all", sum(tables, []))]:
         expected, low, high, dice = (
             np.concatenate([table[name].to_numpy() for table in part]) for name in (*EXPECTED, "dice")
         )
         flagged, bad = expected < BAD, dice < BAD
         cells = [
-            "all" if len(part) > 1 else str(place + 1),
+            age,
             f"{np.abs(expected - dice).mean():.3f}",
             f"{(expected - dice).mean():+.3f}",
             f"{((low <= dice) & (dice <= high)).mean():.0%}",

@@ -6,7 +6,6 @@ from typing import Any
 import edt
 import numpy as np
 from numpy.typing import NDArray
-from scipy.ndimage import distance_transform_edt
 
 
 def distance(mask: NDArray[np.bool_], spacing_mm: Sequence[float], /) -> NDArray[np.float32]:
@@ -52,6 +51,8 @@ def extend(
     if ((labels == 0) | (labels == first)).all():
         extended[where] = first
         return extended
+    from scipy.ndimage import distance_transform_edt  # slow to import
+
     nearest = distance_transform_edt(labels == 0, sampling=spacing_mm, return_distances=False, return_indices=True)
     extended[where] = labels[tuple(place[where] for place in nearest)]
     return extended

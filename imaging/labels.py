@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import kmeans1d
 import numpy as np
-from scipy.ndimage import distance_transform_edt
 
 from onelabel.configs.augmentation import BinsConfig
 from onelabel.errors import DataError
@@ -64,6 +63,8 @@ def bin_scan(
     ------
     DataError : a target without foreground, or that leaves no background.
     """
+    from scipy.ndimage import distance_transform_edt  # slow to import
+
     levels = np.rint(np.clip(image, 0, 1) * (LEVELS - 1)).astype(np.uint8)
     if not (target > 0).any() or (target != 0).all():
         raise DataError("the label must hold both structure and background voxels on the network's grid")

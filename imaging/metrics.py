@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.ndimage import binary_erosion, distance_transform_edt, find_objects
 
 from onelabel.errors import DataError
 from onelabel.imaging.labels import IGNORE
@@ -142,6 +141,8 @@ def _surface_distances(
     pred: Mask, truth: Mask, spacing_mm: Sequence[float]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Distance in mm of each surface voxel of one mask to the surface of the other, and back."""
+    from scipy.ndimage import distance_transform_edt, find_objects  # slow to import
+
     pred, truth = _as_masks(pred, truth)
     if len(spacing_mm) != pred.ndim:
         raise DataError(f"spacing_mm is {tuple(spacing_mm)}, the masks have {pred.ndim} axes: give one length an axis.")
@@ -158,6 +159,8 @@ def _surface_distances(
 
 def _surface(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """The voxels of a mask that have a face in common with the outside; beyond the array is outside."""
+    from scipy.ndimage import binary_erosion  # slow to import
+
     return np.logical_and(mask, ~binary_erosion(mask))
 
 

@@ -9,7 +9,6 @@ import numpy as np
 from nibabel.orientations import apply_orientation, io_orientation
 from numpy.typing import NDArray
 from PIL import Image
-from scipy.ndimage import binary_erosion
 
 from onelabel.errors import DataError
 from onelabel.imaging.volume import Volume, scale
@@ -35,7 +34,7 @@ def overlay(image: Volume, mask: NDArray[Any], /) -> bytes:
     left = 0
     for grey, (_, parts) in zip(seen, panels, strict=True):
         for place, inside in enumerate(parts):
-            grey[inside & ~binary_erosion(inside, border_value=1)] = _GREYS + place % len(_COLOURS)
+            grey[_edge(inside)] = _GREYS + place % len(_COLOURS)
         sheet[:, left : left + grey.shape[1]] = grey
         left += grey.shape[1] + _GAP
     picture = Image.frombytes("P", sheet.shape[::-1], sheet.tobytes())
@@ -70,6 +69,12 @@ def _panel(
     grey = Image.fromarray(np.ascontiguousarray(data, np.float32)).resize(size, Image.Resampling.BILINEAR)
     shares = [Image.fromarray((labels == one).astype(np.float32)) for one in structures]
     return np.asarray(grey), [np.asarray(share.resize(size, Image.Resampling.BILINEAR)) > 0.5 for share in shares]
+
+
+def _edge(inside: NDArray) -> NDArray:
+    """The pixels inside that have a side in common with one outside."""
+    near = np.pad(inside, 1, mode="edge")
+    return inside & ~(near[2:, 1:-1] & near[:-2, 1:-1] & near[1:-1, 2:] & near[1:-1, :-2])
 
 
 def _scaled(panels: list[tuple[NDArray, list[NDArray]]]) -> list[NDArray]:

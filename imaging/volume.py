@@ -22,7 +22,6 @@ from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 from nibabel.parrec import PARRECError
 from nibabel.spatialimages import HeaderDataError, ImageDataError, SpatialImage
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from onelabel.errors import DataError
 from onelabel.imaging import files
@@ -336,8 +335,9 @@ def _without_bad_voxels(data: NDArray[Any], path: Path, *, regions: bool) -> NDA
 
 def _solid(bad: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """What belongs to blocks of 2 x 2 x 2 such voxels; what lies outside the volume counts as one."""
-    opened = ndimage.binary_opening(np.pad(bad, 1, constant_values=True), np.ones((2, 2, 2)))
-    return np.asarray(opened[1:-1, 1:-1, 1:-1])
+    from scipy.ndimage import binary_opening  # slow to import
+
+    return binary_opening(np.pad(bad, 1, constant_values=True), np.ones((2, 2, 2)))[1:-1, 1:-1, 1:-1]
 
 
 def _as_labels(data: NDArray[Any], path: Path) -> NDArray[np.int32]:

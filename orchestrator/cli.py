@@ -1,5 +1,6 @@
 """The command line. Imports stand inside the commands, so that help is instant."""
 
+import gc
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -41,6 +42,8 @@ def main() -> None:
     except OnelabelError as error:
         typer.echo(" ".join(str(error).split()), err=True)
         sys.exit(2)
+    finally:
+        gc.freeze()  # the process ends: looking for cycles among torch's modules would take half a second
 
 
 def _show_version(wanted: bool) -> None:

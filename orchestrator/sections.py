@@ -134,7 +134,10 @@ def facts(run: Run, /) -> list[Fact]:
         if scans is not None:
             dice = numbers(scans, "dice")
             dice = dice[np.isfinite(dice)]
+            structures = {name: numbers(scans, column) for column, name in _structures(scans).items()}
+            each = [f"{name} {np.nanmean(each):.3f}" for name, each in structures.items() if np.isfinite(each).any()]
             more = f"{len(dice)} scans with a true mask, SD {dice.std():.3f}, worst {dice.min():.3f}"
+            more = "; ".join([more, ", ".join(each)]) if each else more
             found.append((f"mean Dice, {cohort} scans, {now[judged[-1]].name}", f"{dice.mean():.3f}", more))
     if run.scored:
         last = run.scored[-1]
@@ -143,6 +146,12 @@ def facts(run: Run, /) -> list[Fact]:
         title = f"scans selected in {last.round.folder.name}"
         found.append((title, f"{last.selected.sum()} of {len(last.table)}", more))
     return found
+
+
+def _structures(table: pa.Table) -> dict[str, str]:
+    """Names of several structures, by the column with the Dice of each."""
+    columns = [name for name in table.column_names if name.startswith("dice_")]
+    return {name: name.removeprefix("dice_").replace("_", " ") for name in columns}
 
 
 def rounds(run: Run, /) -> Section:
@@ -229,7 +238,7 @@ def _scan_table(table: pa.Table, selected_in: Mapping[str, Sequence[str]]) -> Ta
     """The figures of all scans, as far as there are any."""
     scores = [name for name in table.column_names if name.startswith("score")]
     expected = [name for name in ("expected_dice", "expected_low", "expected_high") if name in table.column_names]
-    structures = [name for name in table.column_names if name.startswith("dice_")]
+    structures = _structures(table)
     measures = (*expected, "dice", *structures, "hd95_mm", "asd_mm")
     rows = [
         (
@@ -241,7 +250,7 @@ def _scan_table(table: pa.Table, selected_in: Mapping[str, Sequence[str]]) -> Ta
         for row in table.slice(0, MOST_ROWS).to_pylist()
     ]
     names = [name.replace("_", " ").replace("dice", "Dice") for name in (*scores, *expected)]
-    each = [f"Dice, {name.removeprefix('dice_').replace('_', ' ')}" for name in structures]
+    each = [f"Dice, {name}" for name in structures.values()]
     columns = ("scan", *names, "Dice", *each, "HD95, mm", "ASD, mm", "volume, ml")
     some = f"the {MOST_ROWS} lowest scores of {len(table)}" if len(table) > MOST_ROWS else f"all {len(table)}"
     return Table((*columns, "selected in rounds"), rows, folded=f"Table of {some}").without_gaps()
