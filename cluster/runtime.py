@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import ray
+from ray._private import ray_constants
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import onelabel
@@ -100,7 +101,7 @@ def check_shared(folder: Path, /) -> None:
     probe = folder / f".shared-{secrets.token_hex(8)}"
     probe.touch()
     try:
-        blind = [node for node, sees in _on_all_nodes(probe.is_file).items() if not sees]
+        blind = [node for node, sees in _on_all_nodes(_is_file, probe).items() if not sees]
     finally:
         probe.unlink()
     if blind:
@@ -129,7 +130,12 @@ def _start() -> None:
     if not given and not (Path.home() / ".ray" / "auth_token").is_file():
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
-    ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+    # Ray would listen on all interfaces; on systems where it makes no clusters it keeps to 127.0.0.1.
+    clusters, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    try:
+        ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = clusters
 
 
 def _join(address: str) -> None:
@@ -173,13 +179,17 @@ def _reason(error: BaseException) -> str:
     return lines[-1]
 
 
-def _on_all_nodes(function: Callable[[], T]) -> dict[str, T]:
+def _is_file(path: Path) -> bool:
+    return path.is_file()
+
+
+def _on_all_nodes(function: Callable[..., T], *arguments: Any) -> dict[str, T]:
     """What a function returns on every node, which also shows that this code got there."""
     ask = ray.remote(num_cpus=0)(function)
     asked = {
         f"{node['NodeManagerAddress']} ({node['NodeID'][:8]})": ask.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        ).remote()
+        ).remote(*arguments)
         for node in ray.nodes()
         if node["Alive"]
     }

@@ -1,6 +1,7 @@
 """A run as a job on a cluster: handed over, followed, asked after, stopped."""
 
 import asyncio
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,10 @@ from onelabel.cluster import runtime
 from onelabel.configs.load import dump
 from onelabel.configs.schema import DataConfig, RunConfig, SourceConfig
 from onelabel.errors import ClusterError
+
+# Ray tells of each step, and sets these levels itself when it is imported.
+for _chatty in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private.runtime_env"):
+    logging.getLogger(_chatty).setLevel(logging.WARNING)
 
 _RECORD = "run.yaml"
 _COMMAND = f"python -m onelabel.orchestrator run {_RECORD}"
@@ -142,7 +147,7 @@ def absolute(place: str, /) -> str:
 
 
 def _credentials() -> dict[str, str]:
-    """The header with the token, if there is one; by itself Ray sends none unless RAY_AUTH_MODE was set at its import."""
+    """The header with the token, if there is one: Ray sends it only if RAY_AUTH_MODE was set when Ray was imported."""
     if os.environ.get("RAY_AUTH_MODE") == "disabled":
         return {}
     token = os.environ.get("RAY_AUTH_TOKEN", "").strip()

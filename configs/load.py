@@ -9,6 +9,7 @@ from typing import Any, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from onelabel.configs.passwords import refuse_passwords
 from onelabel.configs.schema import RunConfig, SourceConfig
 from onelabel.errors import ConfigError
 
@@ -26,12 +27,13 @@ def load(items: Sequence[str]) -> RunConfig:
 
     Raises
     ------
-    ConfigError : a file that is missing or no mapping, an unknown key, a value out of its range.
+    ConfigError : a file that is missing or no mapping, an unknown key, a value out of its range, a password.
     """
     merged: Any = {}
     for item in items:
         settings = _override(item) if "=" in item and not os.path.isfile(item) else _read(item)
         merged = _merge(merged, settings, [RunConfig])
+    refuse_passwords(merged)
     return parse(merged)
 
 

@@ -12,6 +12,7 @@ from onelabel.errors import ClusterError
 
 OWN = """
 import os, pathlib
+import psutil
 import ray
 from onelabel.cluster import runtime
 from onelabel.configs.schema import ComputeConfig
@@ -19,6 +20,9 @@ from onelabel.configs.schema import ComputeConfig
 with runtime.connect(ComputeConfig()) as joined:
     assert not joined
     assert ray.get(ray.remote(lambda: 3).remote()) == 3
+    family = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    heard = {c.laddr.ip for one in family for c in one.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+    assert heard and heard <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}, heard
 assert not ray.is_initialized()
 assert not (pathlib.Path.home() / ".ray").exists(), "a secret was written"
 """
@@ -51,7 +55,7 @@ def python(source: str, *arguments: str, cwd: Path, without: tuple[str, ...] = (
 
 
 @pytest.mark.e2e
-def test_a_cluster_of_our_own_leaves_no_secret(tmp_path: Path) -> None:
+def test_a_cluster_of_our_own_listens_here_alone_and_leaves_no_secret(tmp_path: Path) -> None:
     given = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
     python(OWN, cwd=tmp_path, without=given, home=tmp_path)
 
