@@ -150,9 +150,11 @@ def _join(address: str) -> None:
         try:
             ray.init(address=address, runtime_env=environment, log_to_driver=False, logging_level=logging.WARNING)
             same_versions(versions(), _on_all_nodes(versions))
-        except ray.exceptions.AuthenticationError as error:
-            raise ClusterError(f"cluster '{address}' refuses the token; {TOKEN}") from error
-        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        except (ConnectionError, ray.exceptions.AuthenticationError) as error:
+            raise ClusterError(  # something listens there
+                f"cluster '{address}' is no Ray head, or refuses the token; {TOKEN}"
+            ) from error
+        except (RuntimeError, ValueError, ray.exceptions.RayError) as error:
             raise ClusterError(f"cluster '{address}' cannot be used: {_reason(error)}") from error
 
 
