@@ -1,10 +1,12 @@
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import ray
+from ray._private.utils import check_version_info
 
 from onelabel.cluster import runtime
 from onelabel.configs.schema import ComputeConfig
@@ -99,6 +101,21 @@ def test_nodes_of_another_version_are_refused() -> None:
     runtime.same_versions(here, {"a": dict(here), "b": dict(here)})
     with pytest.raises(ClusterError, match=r"node b runs ray 1\.0 \(here"):
         runtime.same_versions(here, {"a": dict(here), "b": here | {"ray": "1.0"}})
+
+
+@pytest.mark.parametrize(("name", "version"), [("ray_version", "2.1.0"), ("python_version", "3.9.1")])
+def test_a_head_of_another_version_is_one_sentence(name: str, version: str) -> None:
+    here = {"ray_version": ray.__version__, "python_version": platform.python_version()}
+    with pytest.raises(RuntimeError) as caught:
+        check_version_info(here | {name: version}, "node 127.0.0.1")  # as Ray does when it joins
+    both = (here | {name: version}, here)
+    theirs, ours = (f"Ray {each['ray_version']} and Python {each['python_version']}" for each in both)
+    assert runtime._reason(caught.value) == f"it runs {theirs} (here {ours}); give all nodes the same versions"
+
+
+def test_a_folder_that_all_nodes_see_is_shared(ray_cluster: None, tmp_path: Path) -> None:
+    runtime.check_shared(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_is_shipped_is_the_whole_package(tmp_path: Path) -> None:
