@@ -82,7 +82,7 @@ def test_no_such_job_is_one_sentence(head: Head, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("answer", "state"), [("y\n", "stopped"), ("n\n", "running")])
 def test_ctrl_c_asks_whether_to_stop(head: Head, settings: list[str], tmp_path: Path, answer: str, state: str) -> None:
     ours, theirs = pty.openpty()
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [*CLI, "submit", *settings, "--address", head.url],
         cwd=tmp_path,
         env=head.environment | {"PYTHONPATH": str(REPO)},
@@ -90,13 +90,15 @@ def test_ctrl_c_asks_whether_to_stop(head: Head, settings: list[str], tmp_path: 
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-    )
-    assert process.stdout and process.stderr
-    job = next(line.split()[1] for line in process.stderr if line.startswith("job "))
-    next(line for line in process.stdout if "Running entrypoint" in line)
-    process.send_signal(signal.SIGINT)
-    os.write(ours, answer.encode())
-    assert process.wait(timeout=300) == 130
+    ) as process:
+        assert process.stdout and process.stderr
+        job = next(line.split()[1] for line in process.stderr if line.startswith("job "))
+        next(line for line in process.stdout if "Running entrypoint" in line)
+        process.send_signal(signal.SIGINT)
+        os.write(ours, answer.encode())
+        assert process.wait(timeout=300) == 130
+    os.close(ours)
+    os.close(theirs)
     asked = call(head, *CLI, "submit", "--status", job, "--address", head.url, cwd=tmp_path)
     assert asked.stdout.strip() == f"{job}: {state}"
     stopped = call(head, *CLI, "submit", "--stop", job, "--address", head.url, cwd=tmp_path)
