@@ -3,15 +3,18 @@
 import logging
 import os
 import platform
+import re
 import secrets
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any, TypeVar
 
 import ray
+from ray._private import ray_constants
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import onelabel
@@ -19,7 +22,9 @@ from onelabel.configs.schema import ComputeConfig
 from onelabel.errors import ClusterError
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
+TOKEN = "give the cluster's own in RAY_AUTH_TOKEN, or a file that holds it in RAY_AUTH_TOKEN_PATH"
 PARTS = ("configs", "imaging", "models", "tasks", "cluster", "orchestrator")
 _REACH_S = 10
 _NODES_S = 300
@@ -44,7 +49,7 @@ def connect(compute: ComputeConfig, /) -> Iterator[bool]:
 
     Raises
     ------
-    ClusterError : the cluster cannot be reached, or its nodes run another Python, Ray or onelabel.
+    ClusterError : the cluster cannot be reached, refuses the token, or its nodes run another Python, Ray or onelabel.
     """
     if ray.is_initialized():
         yield True
@@ -81,6 +86,31 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "ray": ray.__version__, "onelabel": onelabel.__version__}
 
 
+def in_job() -> bool:
+    """Whether this process is the driver of a submitted job, which brought its code with it."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def check_shared(folder: Path, /) -> None:
+    """Refuse a folder that some node does not see.
+
+    Raises
+    ------
+    ClusterError : naming the first such node.
+    """
+    probe = folder / f".shared-{secrets.token_hex(8)}"
+    probe.touch()
+    try:
+        blind = [node for node, sees in _on_all_nodes(_is_file, probe).items() if not sees]
+    finally:
+        probe.unlink()
+    if blind:
+        raise ClusterError(
+            f"storage '{folder}' is not shared: node {blind[0]} does not see what this one writes there; set"
+            " storage=FOLDER to one that all nodes mount"
+        )
+
+
 def package(scratch: Path, /) -> Path:
     """The folder of the whole package as a wheel lays it out; a checkout's parts are copied together in `scratch`."""
     root = Path(onelabel.__file__).parent
@@ -100,7 +130,12 @@ def _start() -> None:
     if not given and not (Path.home() / ".ray" / "auth_token").is_file():
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
-    ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+    # Ray would listen on all interfaces; on systems where it makes no clusters it keeps to 127.0.0.1.
+    clusters, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    try:
+        ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = clusters
 
 
 def _join(address: str) -> None:
@@ -110,18 +145,17 @@ def _join(address: str) -> None:
             f"cluster address '{address}' is a URL: give host:port on a node of the cluster, or submit the run as a job"
         )
     _reach(address)
-    # A submitted job brought its code with it.
-    ship = "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ
     with TemporaryDirectory() as scratch:
-        environment = {"py_modules": [str(package(Path(scratch)))]} if ship else {}
+        environment = {} if in_job() else {"py_modules": [str(package(Path(scratch)))]}
         try:
             ray.init(address=address, runtime_env=environment, log_to_driver=False, logging_level=logging.WARNING)
-            same_versions(versions(), _ask_nodes())
-        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-            reason = next(
-                (line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__
-            )
-            raise ClusterError(f"cluster '{address}' cannot be used: {reason}") from error
+            same_versions(versions(), _on_all_nodes(versions))
+        except (ConnectionError, ray.exceptions.AuthenticationError) as error:
+            raise ClusterError(  # something listens there
+                f"cluster '{address}' is no Ray head, or refuses the token; {TOKEN}"
+            ) from error
+        except (RuntimeError, ValueError, ray.exceptions.RayError) as error:
+            raise ClusterError(f"cluster '{address}' cannot be used: {_reason(error)}") from error
 
 
 def _reach(address: str) -> None:
@@ -137,13 +171,27 @@ def _reach(address: str) -> None:
         ) from error
 
 
-def _ask_nodes() -> dict[str, dict[str, str]]:
-    """Versions on every node, which also shows that this code got there."""
-    ask = ray.remote(num_cpus=0)(versions)
+def _reason(error: BaseException) -> str:
+    """What Ray says, as one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    found = re.findall(r"^(Ray|Python): (\S+)$", "\n".join(lines), flags=re.MULTILINE)
+    if len(found) == 4:  # theirs, then ours
+        there, here = (" and ".join(f"{name} {version}" for name, version in two) for two in (found[:2], found[2:]))
+        return f"it runs {there} (here {here}); give all nodes the same versions"
+    return lines[-1]
+
+
+def _is_file(path: Path) -> bool:
+    return path.is_file()
+
+
+def _on_all_nodes(function: Callable[..., T], *arguments: Any) -> dict[str, T]:
+    """What a function returns on every node, which also shows that this code got there."""
+    ask = ray.remote(num_cpus=0)(function)
     asked = {
         f"{node['NodeManagerAddress']} ({node['NodeID'][:8]})": ask.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        ).remote()
+        ).remote(*arguments)
         for node in ray.nodes()
         if node["Alive"]
     }

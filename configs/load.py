@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from onelabel.configs.data import SourceConfig
+from onelabel.configs.passwords import refuse_passwords
 from onelabel.configs.schema import RunConfig
 from onelabel.errors import ConfigError
 
@@ -27,12 +28,13 @@ def load(items: Sequence[str]) -> RunConfig:
 
     Raises
     ------
-    ConfigError : a file that is missing or no mapping, an unknown key, a value out of its range.
+    ConfigError : a file that is missing or no mapping, an unknown key, a value out of its range, a password.
     """
     merged: Any = {}
     for item in items:
         settings = _override(item) if "=" in item and not os.path.isfile(item) else _read(item)
         merged = _merge(merged, settings, [RunConfig])
+    refuse_passwords(merged)
     return parse(merged)
 
 

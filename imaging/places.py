@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 import pyarrow as pa
 from pyarrow import fs
 
+from onelabel.configs.passwords import has_password, without_password
 from onelabel.errors import DataError
 
 HIDDEN = ".strip"  # of a folder of results: what is only needed while work goes on
@@ -27,7 +28,13 @@ def is_uri(place: str, /) -> bool:
 
 
 def localised(place: str, /) -> str:
-    """A file:// URI as a path; anything else as it is."""
+    """A file:// URI as a path; anything else as it is.
+
+    Raises
+    ------
+    DataError : a URI with a password, which would be recorded with every result.
+    """
+    _refuse_password(place)
     return str(fs.FileSystem.from_uri(place)[1]) if place.startswith("file://") else place
 
 
@@ -36,8 +43,9 @@ def filesystem(uri: str, /) -> tuple[fs.FileSystem, str]:
 
     Raises
     ------
-    DataError : a scheme that is not known, or a store that does not answer.
+    DataError : a scheme that is not known, a password, or a store that does not answer.
     """
+    _refuse_password(uri)
     try:
         return fs.FileSystem.from_uri(uri)
     except (pa.ArrowException, OSError, ValueError) as error:
@@ -49,6 +57,14 @@ def at(uri: str, path: str, /) -> str:
     """The URI of another path in the store of a URI."""
     query = uri.partition("?")[2]
     return f"{uri.partition('://')[0]}://{path}" + (f"?{query}" if query else "")
+
+
+def _refuse_password(place: str) -> None:
+    if has_password(place):
+        raise DataError(
+            f"'{without_password(place)}' was given with a password, which would be recorded; set AWS_ACCESS_KEY_ID and"
+            " AWS_SECRET_ACCESS_KEY, or what else the store reads, instead"
+        )
 
 
 def matching(pattern: str, /) -> re.Pattern[str]:

@@ -80,6 +80,48 @@ def run(
 
 
 @app.command()
+def submit(
+    items: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="CONFIG|KEY=VALUE", help="As for `run`; paths must mean the same on the cluster."),
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Of the cluster's dashboard; by default RAY_API_SERVER_ADDRESS."),
+    ] = None,
+    status: Annotated[str | None, typer.Option(metavar="JOB", help="Say how a job is, and end.")] = None,
+    stop: Annotated[str | None, typer.Option(metavar="JOB", help="Stop a job, and end.")] = None,
+) -> None:
+    """Train on a cluster: `run` as a Ray job, whose log is followed.
+
+    onelabel submit singlestrip data.labelled=/shared/head.nii.gz ... --address http://HEAD:8265
+    """
+    if bool(items) + (status is not None) + (stop is not None) != 1:
+        raise typer.BadParameter("give a CONFIG, or --status JOB, or --stop JOB")
+    from onelabel.cluster.submit import Jobs, exit_code
+    from onelabel.configs.load import load
+
+    config = load(items) if items else None
+    jobs = Jobs(address)
+    if config is None:
+        details = jobs.details(status) if status else jobs.stop(stop or "")
+        typer.echo(f"{status or stop}: {details.status.lower()}")
+        return
+    job = jobs.submit(config)
+    typer.echo(f"job {job}", err=True)
+    try:
+        details = jobs.follow(job, lambda text: typer.echo(text, nl=False))
+    except KeyboardInterrupt:
+        if _wants(f"stop job {job}?"):
+            jobs.stop(job)
+        else:
+            typer.echo(f"job {job} goes on; see it with --status {job}, end it with --stop {job}", err=True)
+        raise typer.Exit(130) from None
+    typer.echo(f"job {job} {details.status.lower()}", err=True)
+    raise typer.Exit(exit_code(details))
+
+
+@app.command()
 def preview(
     items: Annotated[
         list[str],
@@ -250,6 +292,14 @@ def report(
     from onelabel.orchestrator import page
 
     typer.echo(page.write(folder, out))
+
+
+def _wants(question: str) -> bool:
+    """Ask on a terminal; elsewhere, or at another Ctrl-C, the answer is no."""
+    try:
+        return sys.stdin.isatty() and typer.confirm(question, err=True)
+    except typer.Abort:
+        return False
 
 
 def _finish(outcome: "Outcome") -> None:

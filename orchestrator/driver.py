@@ -60,6 +60,8 @@ def run(config: RunConfig, /) -> Outcome:
     with runtime.connect(config.compute) as joined, Tracker(config, folder) as tracker:
         demands = resources.of_stage(config.compute, **needs(config, cohorts))
         resources.check(demands, wait_s=config.compute.wait_s if joined else 0)
+        if joined:
+            runtime.check_shared(folder)
         work = Work(config, cohorts, folder, tracker, Queue(actor_options={"num_cpus": 0}))
         selection = None
         for now in rounds:

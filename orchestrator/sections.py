@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from onelabel.configs.changes import changes
+from onelabel.configs.passwords import without_password
 from onelabel.configs.schema import RunConfig
 from onelabel.errors import SCAN_FAULTS, ClusterError, sentence
 from onelabel.orchestrator import plots, preview, report, status
@@ -21,7 +22,7 @@ from onelabel.orchestrator.plots import Curve, Ranked
 from onelabel.orchestrator.report import Picture
 from onelabel.orchestrator.rounds import Round, plan
 from onelabel.orchestrator.select import select
-from onelabel.orchestrator.tracking import PastRun, without_password
+from onelabel.orchestrator.tracking import PastRun
 from onelabel.tasks.cohort import open_cohort
 
 MOST_TILES = 24

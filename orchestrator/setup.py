@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from onelabel.cluster import runtime
 from onelabel.configs.data import Source
 from onelabel.configs.load import dump
 from onelabel.configs.schema import (
@@ -151,10 +152,15 @@ def open_folder(config: RunConfig, /) -> Path:
 
     Raises
     ------
-    ClusterError : storage that cannot be written to.
+    ClusterError : storage that cannot be written to, or would end with the job.
     ConfigError : the folder holds a run of other settings, or a record that cannot be read.
     """
     folder = Path(config.storage) / config.name
+    if runtime.in_job() and not folder.is_absolute():
+        raise ClusterError(
+            f"storage '{config.storage}' lies in the folder of a submitted job, which Ray removes after it; set"
+            " storage=/FOLDER to one that all nodes mount"
+        )
     record = folder / _RECORD
     try:
         folder.mkdir(parents=True, exist_ok=True)

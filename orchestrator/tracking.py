@@ -8,7 +8,6 @@ import json
 import logging
 import math
 import os
-import re
 import shlex
 import sqlite3
 import threading
@@ -19,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from onelabel.configs.passwords import without_password
 from onelabel.configs.schema import RunConfig
 from onelabel.errors import ClusterError
 
@@ -217,11 +217,6 @@ def open_client(uri: str) -> "MlflowClient":
     from mlflow import MlflowClient
 
     return MlflowClient(tracking_uri=uri)
-
-
-def without_password(text: str, /) -> str:
-    """A text in which the URLs hold no credentials."""
-    return re.sub("//[^/@]*@", "//", text)
 
 
 def _uri(config: RunConfig, folder: Path) -> str:

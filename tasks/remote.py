@@ -95,6 +95,7 @@ def _manifest(uri: str, path: str) -> list[Row]:
 
 def _listed(uri: str, path: str, row: Row, image: str) -> Row:
     """A scan of a manifest; a path in it is relative to the manifest, as long as it is no URI itself."""
+    image = places.localised(image)
     if not places.is_uri(image):
         image = places.at(uri, posixpath.normpath(posixpath.join(posixpath.dirname(path), image)))
     return {"image": image, "key": row.get("key") or _stem(image) or PurePosixPath(image).stem, "inside": None}

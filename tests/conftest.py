@@ -1,10 +1,15 @@
 import os
 import random
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+
+if TYPE_CHECKING:
+    from ray_head import Head
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -32,6 +37,18 @@ def ray_cluster() -> Iterator[None]:
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Head"]:
+    """A Ray head that takes jobs from who holds its token."""
+    pytest.importorskip("aiohttp_cors", reason="ray[default] is not installed")
+    from ray_head import Head
+
+    with tempfile.TemporaryDirectory(prefix="ray") as temp:  # sockets lie there: its path must be short
+        started = Head(tmp_path_factory.mktemp("home"), Path(temp))
+        yield started
+        started.end()
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from onelabel.configs.schema import RunConfig
 from onelabel.orchestrator.cli import app
 
 REPO = Path(__file__).parent.parent
-PAGES = [REPO / "README.md", *sorted((REPO / "docs").rglob("*.md"))]
+PAGES = [REPO / "README.md", REPO / "cluster" / "README.md", *sorted((REPO / "docs").rglob("*.md"))]
 PRESETS = sorted(path.stem for path in (REPO / "configs").glob("*.yaml"))
 COMMANDS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 

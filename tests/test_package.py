@@ -6,8 +6,12 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from ray_head import Head
 
 REPO = Path(__file__).parent.parent
 SOURCES = ("onelabel", "configs", "imaging", "models", "tasks", "cluster", "orchestrator")
@@ -96,3 +100,15 @@ def test_an_actor_imports_the_wheel_beside_a_decoy(fresh: Path, decoy: Path) -> 
 @pytest.mark.e2e
 def test_the_console_script_starts_beside_a_decoy(fresh: Path, decoy: Path) -> None:
     assert "onelabel" in call(fresh / "bin" / "onelabel", "--help", cwd=decoy)
+
+
+@pytest.mark.e2e
+def test_a_wheel_submits_itself(fresh: Path, decoy: Path, head: "Head") -> None:
+    """Its job finds no scan: the sentence that says so comes from the head."""
+    settings = ("singlestrip", "data.labelled=none.nii.gz", "data.unlabelled=scans", f"storage={decoy}")
+    command = (fresh / "bin" / "onelabel", "submit", *settings, "--address", head.url)
+    done = subprocess.run(
+        command, cwd=decoy, env=head.environment, capture_output=True, text=True, check=False, timeout=600
+    )
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert f"{decoy}/none.nii.gz" in done.stdout.splitlines()[-1]

@@ -43,6 +43,13 @@ def test_what_can_never_be_met_is_refused_at_once(ray_cluster: None) -> None:
         check(of_stage(ComputeConfig(cpus_per_worker=4)), wait_s=0)
 
 
+@pytest.mark.parametrize("setting", ["gpus_per_worker", "score_gpus"])
+def test_gpus_that_are_not_there_are_refused(ray_cluster: None, setting: str) -> None:
+    there = rf"needs .*GPUs .*the cluster has .*0 GPUs \(up to 0 on one node\); lower .*compute\.{setting}"
+    with pytest.raises(ClusterError, match=there):
+        check(of_stage(ComputeConfig.model_validate({setting: 1})), wait_s=0)
+
+
 def test_more_memory_than_there_is_is_refused_at_once(ray_cluster: None) -> None:
     there = r"needs .* 10000.0 GiB of memory \(up to 10000.0 in one process\).*, the cluster has .* GiB of memory"
     with pytest.raises(ClusterError, match=there):

@@ -1,10 +1,12 @@
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import ray
+from ray._private.utils import check_version_info
 
 from onelabel.cluster import runtime
 from onelabel.configs.schema import ComputeConfig
@@ -12,6 +14,7 @@ from onelabel.errors import ClusterError
 
 OWN = """
 import os, pathlib
+import psutil
 import ray
 from onelabel.cluster import runtime
 from onelabel.configs.schema import ComputeConfig
@@ -19,6 +22,9 @@ from onelabel.configs.schema import ComputeConfig
 with runtime.connect(ComputeConfig()) as joined:
     assert not joined
     assert ray.get(ray.remote(lambda: 3).remote()) == 3
+    family = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    heard = {c.laddr.ip for one in family for c in one.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+    assert heard and heard <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}, heard
 assert not ray.is_initialized()
 assert not (pathlib.Path.home() / ".ray").exists(), "a secret was written"
 """
@@ -51,7 +57,7 @@ def python(source: str, *arguments: str, cwd: Path, without: tuple[str, ...] = (
 
 
 @pytest.mark.e2e
-def test_a_cluster_of_our_own_leaves_no_secret(tmp_path: Path) -> None:
+def test_a_cluster_of_our_own_listens_here_alone_and_leaves_no_secret(tmp_path: Path) -> None:
     given = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
     python(OWN, cwd=tmp_path, without=given, home=tmp_path)
 
@@ -95,6 +101,21 @@ def test_nodes_of_another_version_are_refused() -> None:
     runtime.same_versions(here, {"a": dict(here), "b": dict(here)})
     with pytest.raises(ClusterError, match=r"node b runs ray 1\.0 \(here"):
         runtime.same_versions(here, {"a": dict(here), "b": here | {"ray": "1.0"}})
+
+
+@pytest.mark.parametrize(("name", "version"), [("ray_version", "2.1.0"), ("python_version", "3.9.1")])
+def test_a_head_of_another_version_is_one_sentence(name: str, version: str) -> None:
+    here = {"ray_version": ray.__version__, "python_version": platform.python_version()}
+    with pytest.raises(RuntimeError) as caught:
+        check_version_info(here | {name: version}, "node 127.0.0.1")  # as Ray does when it joins
+    both = (here | {name: version}, here)
+    theirs, ours = (f"Ray {each['ray_version']} and Python {each['python_version']}" for each in both)
+    assert runtime._reason(caught.value) == f"it runs {theirs} (here {ours}); give all nodes the same versions"
+
+
+def test_a_folder_that_all_nodes_see_is_shared(ray_cluster: None, tmp_path: Path) -> None:
+    runtime.check_shared(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_is_shipped_is_the_whole_package(tmp_path: Path) -> None:

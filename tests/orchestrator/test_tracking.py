@@ -15,7 +15,7 @@ import pytest
 from onelabel.configs.load import dump, parse
 from onelabel.configs.schema import RunConfig
 from onelabel.errors import ClusterError
-from onelabel.orchestrator.tracking import MAX_VALUE, PastRun, Tracker, flatten, open_client, without_password
+from onelabel.orchestrator.tracking import MAX_VALUE, PastRun, Tracker, flatten, open_client
 
 
 def config(**settings: object) -> RunConfig:
@@ -229,10 +229,3 @@ def test_a_record_that_is_not_there_is_not_made(left: str | None, folder: Path, 
     with pytest.raises(ClusterError, match="has no record in MLflow"):
         PastRun(config(), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ([left] if left else [])
-
-
-def test_credentials_are_cut_out() -> None:
-    assert (
-        without_password("see http://user:pass@host/x and sqlite:////tmp/a.db")
-        == "see http://host/x and sqlite:////tmp/a.db"
-    )
