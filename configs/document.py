@@ -14,7 +14,7 @@ from onelabel.configs.schema import RunConfig, SourceConfig
 
 _HEAD = """# Configuration
 
-<!-- Written by `make docs` from configs/schema.py, streams.py, selection.py and augmentation.py; edit those. -->
+<!-- Written by `make docs` from configs/schema.py, streams.py, selection.py, searching.py and augmentation.py; edit those. -->
 
 A run is described by YAML files or presets, stacked from left to right, and `key=value` overrides; later ones win.
 
@@ -31,7 +31,7 @@ name in a mapping. Where several kinds of mapping are possible, the key `type` s
 `[low, high]` from which each sample draws.
 """
 _COLUMNS = "| key | type | default | what |\n| --- | --- | --- | --- |"
-_SIMPLE = {str: "text", int: "whole number", float: "number", bool: "true or false", type(None): "null"}
+_SIMPLE = {str: "text", int: "whole number", float: "number", bool: "true or false", type(None): "null", Any: "value"}
 _SIGNS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below", "min_length": "at least"}
 
 

@@ -1,7 +1,7 @@
 """YAML files stacked left to right, then `key=value` overrides; and back to YAML for the record."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_origin
@@ -32,6 +32,14 @@ def load(items: Sequence[str]) -> RunConfig:
     for item in items:
         settings = _override(item) if "=" in item and not os.path.isfile(item) else _read(item)
         merged = _merge(merged, settings, [RunConfig])
+    return parse(merged)
+
+
+def change(config: RunConfig, values: Mapping[str, Any], /) -> RunConfig:
+    """A config with other values at dotted keys, which may hold `*`; raises as `load` does."""
+    merged: Any = config.model_dump(mode="json")
+    for key, value in values.items():
+        merged = _merge(merged, _nested(key, value), [RunConfig])
     return parse(merged)
 
 
@@ -75,10 +83,13 @@ def _override(item: str) -> Any:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         value = text
-    parts = key.strip().split(".")
-    if not all(parts):
+    if not all(key.strip().split(".")):
         raise ConfigError(f"override '{item}' must read dotted.key=value")
-    for part in reversed(parts):
+    return _nested(key.strip(), value)
+
+
+def _nested(key: str, value: Any) -> Any:
+    for part in reversed(key.split(".")):
         value = {part: value}
     return value
 

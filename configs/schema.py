@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from onelabel.configs.augmentation import Base, DeformConfig, SynthesisConfig
+from onelabel.configs.searching import SearchConfig
 from onelabel.configs.selection import SelectConfig, ThresholdConfig, TopKConfig
 from onelabel.configs.streams import Ingredients, PseudoLabelConfig, StreamConfig, ViewsConfig
 
@@ -313,6 +314,7 @@ class TrackingConfig(Base):
 
     uri: str | None = Field(None, description="tracking URI; null: sqlite in the folder of the run")
     experiment: str = Field("onelabel", description="MLflow experiment")
+    parent: str | None = Field(None, description="id of an MLflow run under which this one stands")
     every: int = Field(20, ge=1, description="steps between logged losses")
 
 
@@ -329,6 +331,7 @@ class RunConfig(Base):
     stages: tuple[StageConfig, ...] = Field(min_length=1, description="the strategy")
     compute: ComputeConfig = Field(ComputeConfig(), description="machines")
     tracking: TrackingConfig = Field(TrackingConfig(), description="MLflow")
+    search: SearchConfig | None = Field(None, description="what `onelabel search` varies")
 
     @model_validator(mode="after")
     def _seen(self) -> Self:

@@ -233,6 +233,78 @@ def histogram(name: str, parts: Mapping[str, Values], /, *, title: str, axis: st
     return _draw(name, draw, alt=f"Distribution of the {axis}. {title}: {figures}.")
 
 
+def surface(
+    name: str,
+    across: Sequence[str],
+    up: Sequence[str],
+    values: Values,
+    /,
+    *,
+    orders: Sequence[Sequence[str]],
+    names: tuple[str, str],
+    title: str,
+) -> Picture:
+    """Draw the mean of values, (n,), over a grid of two settings as a map with a number in each cell.
+
+    Parameters
+    ----------
+    across, up : for each value what the settings are
+    orders : the settings in the order of the axes, across and up
+    names : of the axes
+    """
+    places = list(zip(across, up, strict=True))
+    cells = np.array(
+        [
+            [np.mean([v for v, at in zip(values, places, strict=True) if at == (x, y)] or [np.nan]) for x in orders[0]]
+            for y in orders[1]
+        ]
+    )
+    middle = (np.nanmin(cells) + np.nanmax(cells)) / 2
+
+    def draw(axes: Axes) -> None:
+        axes.grid(visible=False)
+        axes.pcolormesh(np.ma.masked_invalid(cells), cmap="viridis", edgecolors="face")
+        for y, x in np.argwhere(np.isfinite(cells)):
+            colour = "black" if cells[y, x] > middle else "white"
+            axes.text(x + 0.5, y + 0.5, f"{cells[y, x]:.3f}", ha="center", va="center", color=colour)
+        axes.set(title=title, xlabel=names[0], ylabel=names[1])
+        axes.set_xticks(np.arange(len(orders[0])) + 0.5, list(orders[0]))
+        axes.set_yticks(np.arange(len(orders[1])) + 0.5, list(orders[1]))
+
+    y, x = np.unravel_index(np.nanargmax(cells), cells.shape)
+    alt = (
+        f"Mean {title} by {names[0]} and {names[1]}: highest, {cells[y, x]:.3f}, at {orders[0][x]} and {orders[1][y]}."
+    )
+    return _draw(name, draw, alt=alt)
+
+
+def effect(
+    name: str, at: Sequence[Any], values: Values, /, *, order: Sequence[str] | None, log: bool, xlabel: str, ylabel: str
+) -> Picture:
+    """Draw values, (n,), over a setting: points, and where it is chosen from a list a line through their means.
+
+    Parameters
+    ----------
+    at : for each value what the setting is; numbers, or members of the order
+    order : of the axis; None: numbers, on a logarithmic axis if so wanted
+    """
+    xs = np.array([order.index(x) if order else x for x in at], float)
+
+    def draw(axes: Axes) -> None:
+        axes.scatter(xs, values, s=28, c=BLUE, alpha=0.75, linewidths=0)
+        if order:
+            known = np.unique(xs)
+            axes.plot(known, [values[xs == x].mean() for x in known], color=VERMILLION, lw=1.8)
+            axes.set_xticks(range(len(order)), list(order))
+        elif log:
+            axes.set_xscale("log")
+        axes.set(title=f"{ylabel} by {xlabel}", xlabel=xlabel, ylabel=ylabel)
+        axes.margins(x=0.1, y=0.12)
+
+    best = at[int(np.argmax(values))]
+    return _draw(name, draw, alt=f"{ylabel} by {xlabel}: {len(values)} trials, highest {values.max():.3f} at {best}.")
+
+
 def _draw(name: str, draw: Callable[[Axes], None], *, alt: str) -> Picture:
     """A figure of one plot."""
     # The salt gives elements the same ids every time.

@@ -125,7 +125,7 @@ class Tracker(_Recorder):
             self._experiment = _experiment(client, config.tracking.experiment, artifacts)
             run = _go_on(client, self._ids["run"]) if "run" in self._ids else None
             if run is None:
-                run = client.create_run(self._experiment, run_name=config.name)
+                run = client.create_run(self._experiment, run_name=config.name, tags=_under(config.tracking.parent))
                 self._remember({"run": run.info.run_id, "rounds": {}})
             _log_parameters(client, run, flatten(config.model_dump(mode="json")))
         super().__init__(client, run.info.run_id)
@@ -136,8 +136,7 @@ class Tracker(_Recorder):
             known = self._ids["rounds"]
             run = _go_on(self._client, known[name]) if name in known else None
             if run is None:
-                parent = {"mlflow.parentRunId": self.run_id}
-                run = self._client.create_run(self._experiment, run_name=name, tags=parent)
+                run = self._client.create_run(self._experiment, run_name=name, tags=_under(self.run_id))
                 self._remember(self._ids | {"rounds": known | {name: run.info.run_id}})
         return RoundTracker(self._client, run.info.run_id)
 
@@ -222,6 +221,11 @@ def open_client(uri: str) -> "MlflowClient":
 def without_password(text: str, /) -> str:
     """A text in which the URLs hold no credentials."""
     return re.sub("//[^/@]*@", "//", text)
+
+
+def _under(parent: str | None) -> dict[str, str]:
+    """Tags that make a run a nested one."""
+    return {"mlflow.parentRunId": parent} if parent else {}
 
 
 def _uri(config: RunConfig, folder: Path) -> str:

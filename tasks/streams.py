@@ -30,6 +30,9 @@ from onelabel.tasks.cohort import PROBABILITY, Cohort
 
 Sample = tuple[np.ndarray, np.ndarray, float]
 
+# A run may be a trial of Ray Tune, whose own placement group must not hold what the run starts.
+ANYWHERE = {"scheduling_strategy": "DEFAULT"}
+
 _PROCESS_BYTES = 700 << 20  # of an actor that has made nothing yet
 _VOXEL_BYTES = 24  # at most, of an actor that makes a sample
 
@@ -159,7 +162,7 @@ class SynthPool:
     """
 
     def __init__(self, actors: int, /, *, cpus: float = 1, gpus: float = 0, memory: int = 0) -> None:
-        options = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": -1, "max_task_retries": -1}
+        options = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": -1, "max_task_retries": -1, **ANYWHERE}
         if memory:
             options["memory"] = memory
         device = "cuda" if gpus else "cpu"
@@ -216,13 +219,13 @@ def prepare(cohort: Cohort, config: RunConfig, /) -> list[Any]:
     return refs
 
 
-@ray.remote(num_cpus=1)
+@ray.remote(num_cpus=1, **ANYWHERE)
 def _prepare(image: str, label: str, kind: str, grid: Grid, bins: Any, seed: int) -> BinnedScan:
     torch.set_num_threads(1)
     return scan_on_grid(image, label, grid, bins=bins, seed=seed, probability=kind == PROBABILITY)
 
 
-@ray.remote(num_cpus=0)
+@ray.remote(num_cpus=0, **ANYWHERE)
 def _touch(scan: BinnedScan) -> None:
     """Fail if making the scan failed, without moving it to the driver."""
 
