@@ -14,7 +14,7 @@ from onelabel.configs.schema import RunConfig, SourceConfig
 
 _HEAD = """# Configuration
 
-<!-- Written by `make docs` from configs/schema.py, streams.py, selection.py, searching.py and augmentation.py; edit those. -->
+<!-- Written by `make docs` from configs/schema.py and the files that it imports; edit those. -->
 
 A run is described by YAML files or presets, stacked from left to right, and `key=value` overrides; later ones win.
 

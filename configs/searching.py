@@ -81,7 +81,7 @@ class HalvingConfig(Base):
 
     grace: int = Field(1, ge=1, description="rounds that every trial may do")
     keep: int = Field(
-        3, ge=2, description="of so many trials one goes on; the next look comes after `keep` x the rounds"
+        3, ge=2, description="one of so many trials goes on, and is looked at again after `keep` times the rounds"
     )
 
 
@@ -106,9 +106,7 @@ class SearchConfig(Base):
         points = 1
         for key, dimension in self.space.items():
             if not isinstance(dimension, ChoicesConfig):
-                raise ValueError(
-                    f"sampler 'grid' needs a list of values for '{key}'; give one, or take another sampler"
-                )
+                raise ValueError(f"sampler 'grid' needs a list of values for '{key}'; give one, or choose 'random'")
             points *= len(dimension.values)
         if points > self.trials:
             raise ValueError(

@@ -77,7 +77,7 @@ def search(config: RunConfig, /) -> Found:
 
     Raises
     ------
-    OnelabelError : before any trial, where one of them cannot be or the cluster cannot do it; at the end, if all failed.
+    OnelabelError : before any trial, where one cannot be or the cluster cannot do it; at the end, if all failed.
     """
     if config.search is None:
         raise ConfigError("there is nothing to search: set search.space, or stack the preset `search`")
@@ -142,8 +142,8 @@ def _checked(tried: Sequence[Trial]) -> list[Cohorts]:
         twin = same.setdefault(one.config.model_dump_json(exclude={"name"}), one)
         if twin is not one:
             raise ConfigError(
-                f"search.space gives {_words(one.point)} and {_words(twin.point)}, which are one and the same run: a key"
-                " in it changes nothing here"
+                f"search.space gives {_words(one.point)} and {_words(twin.point)}, which are one and the same run: some"
+                " key changes nothing here, so take it out"
             )
         data = one.config.data.model_dump_json()
         try:

@@ -20,10 +20,11 @@ MOST_MAPS = 6  # pairs of keys that are drawn
 _STATES = ("done", "stopped early", "failed")
 
 ABOUT = {
-    "expected_dice": "The mean Dice to expect of the unlabelled scans' masks. It is learned from masks of synthetic images"
-    " that are made by each trial's own synthesis: between trials of other synthesis or other bins it says less than"
-    " between trials of the same.",
-    "test_dice": "The mean Dice of the test scans. The best of many trials is a little lucky on them: judge it on others.",
+    "expected_dice": "The mean Dice to expect of the unlabelled scans' masks. It is learned from masks of synthetic"
+    " images that are made by each trial's own synthesis: between trials of other synthesis or other bins it says less"
+    " than between trials of the same.",
+    "test_dice": "The mean Dice of the test scans. The best of many trials is a little lucky on them: judge it on"
+    " others.",
 }
 
 

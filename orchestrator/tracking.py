@@ -291,7 +291,7 @@ def _log_parameters(client: "MlflowClient", run: "Run", parameters: Mapping[str,
     from mlflow.entities import Param, RunTag
 
     known = run.data.params
-    values = {key: text[:MAX_VALUE] for key, text in parameters.items()}
+    values = {re.sub(r"[^\w\-. :/]", "_", key): text[:MAX_VALUE] for key, text in parameters.items()}
     new = [Param(key, text) for key, text in values.items() if key not in known]
     changed = [RunTag(f"changed.{key}", text) for key, text in values.items() if known.get(key, text) != text]
     for start in range(0, len(new), MAX_PARAMS):

@@ -118,7 +118,7 @@ def trial(common: RunConfig, point: Mapping[str, Any], /) -> Trial:
     """
     config = change(common, point)
     words = [f"{key.rpartition('.')[2]}-{json.dumps(value)}" for key, value in point.items()]
-    readable = re.sub(r"[^\w.-]+", "-", "_".join(words).replace('"', ""))[:_NAME_LENGTH].strip("-._")
+    readable = re.sub(r"[^\w.]+", "-", "_".join(words).replace('"', ""))[:_NAME_LENGTH].strip("-._")
     name = f"{readable}-{derive(json.dumps(dict(point), sort_keys=True)):014x}"
     return Trial(dict(point), config.model_copy(update={"name": name, "storage": f"{common.storage}/{TRIALS}"}))
 
@@ -203,8 +203,8 @@ def value_of(metrics: Mapping[str, Any], name: str, /) -> float | None:
 def bases(config: RunConfig, /) -> list[RunConfig]:
     """The runs that a run goes on from, each from the one before it: its first stage trained, then scored as well.
 
-    The first stage learns from no selection, and of all other settings only those that it depends on are left here: runs
-    whose first stages are the same have the same bases, in the same folders.
+    The first stage learns from no selection, and of all other settings only those that it depends on are left here:
+    runs whose first stages are the same have the same bases, in the same folders.
     """
     first = config.stages[0].model_copy(update={"select": TopKConfig(k=(1,))})
     trained = first.model_copy(update={"ranker": None, "expect": ExpectConfig(), "pseudo": None})
