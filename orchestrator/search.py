@@ -36,6 +36,7 @@ _MANY = 1_000_000  # rounds, more than any run has
 _RETRIES = 3  # of a trial whose process was lost
 _SCRATCH = "tune"
 _ENVIRONMENT = {
+    "RAY_AIR_NEW_OUTPUT": "0",  # which would draw a table in spite of verbose=0
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths stay what they are
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends a search, not only its trials
@@ -79,9 +80,10 @@ def search(config: RunConfig, /) -> Found:
     ------
     OnelabelError : before any trial, where one cannot be or the cluster cannot do it; at the end, if all failed.
     """
-    if config.search is None:
+    settings = config.search
+    if settings is None:
         raise ConfigError("there is nothing to search: set search.space, or stack the preset `search`")
-    if config.search.sampler == "optuna" and not find_spec("optuna"):
+    if settings.sampler == "optuna" and not find_spec("optuna"):
         raise ConfigError("search.sampler 'optuna' needs a package: pip install 'onelabel[search]'")
     objective = trials.objective(config)
     config = _absolute(config)
@@ -100,7 +102,7 @@ def search(config: RunConfig, /) -> Found:
             resources.check(demand, wait_s=config.compute.wait_s if joined else 0)
         nested = config.tracking.model_copy(update={"uri": tracker.uri, "parent": tracker.run_id})
         common = common.model_copy(update={"tracking": nested})
-        most = config.search.concurrent or len(tried)
+        most = settings.concurrent or len(tried)
         at_once = min(resources.copies(demand, most=most) for demand in demands)
         log.info("%d trials, %d at a time, for the highest %s", len(tried), at_once, objective)
         _tune(config, common, [one.point for one in tried], objective, at_once)

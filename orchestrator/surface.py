@@ -84,36 +84,30 @@ def _facts(objective: str, rows: Sequence[tuple[Trial, float | None]], folder: P
 
 
 def _response(config: RunConfig, objective: str, rows: Sequence[tuple[Trial, float | None]]) -> Section:
+    """Maps over each two keys that have lists of values, and a plot over each key."""
     assert config.search
-    finished = [(one, value) for one, value in rows if value is not None and _state(one) == "done"]
-    words = objective.replace("_", " ")
-    space = {key: one for key, one in config.search.space.items() if any(key in trial.point for trial, _ in finished)}
+    space = config.search.space
+    known = [pair for pair in rows if pair[1] is not None and pair[0].done and pair[0].point.keys() >= space.keys()]
+    if not known:
+        return Section(notes=["No trial of this space is done."])
+    values, words = np.array([value for _, value in known], float), objective.replace("_", " ")
     titles = dict(zip(space, _short(list(space)), strict=True))
-    values = np.array([value for _, value in finished])
-    listed = [key for key, one in space.items() if isinstance(one, ChoicesConfig)]
+    at = {key: [_text(one.point[key]) for one, _ in known] for key in space}
+    lists = {
+        key: [_text(value) for value in one.values] for key, one in space.items() if isinstance(one, ChoicesConfig)
+    }
+    orders = {key: list(dict.fromkeys(listed + at[key])) for key, listed in lists.items()}
     pictures: list[Picture] = []
-    for place, (down, across) in enumerate(list(combinations(listed, 2))[:MOST_MAPS]):
-        labels = [[_text(one.point.get(key)) for one, _ in finished] for key in (across, down)]
-        orders = [[_text(value) for value in space[key].values] for key in (across, down)]  # type: ignore[union-attr]
-        pictures.append(
-            plots.surface(
-                f"surface-{place}", *labels, values, orders=orders, names=(titles[across], titles[down]), title=words
-            )
-        )
+    for place, (up, across) in enumerate(list(combinations(orders, 2))[:MOST_MAPS]):
+        axes = {titles[across]: orders[across], titles[up]: orders[up]}
+        pictures.append(plots.surface(f"surface-{place}", at[across], at[up], values, axes=axes, title=words))
     for place, (key, one) in enumerate(space.items()):
-        at = [trial.point.get(key) for trial, _ in finished]
-        order = [_text(value) for value in one.values] if isinstance(one, ChoicesConfig) else None
-        pictures.append(
-            plots.effect(
-                f"effect-{place}",
-                [_text(value) for value in at] if order else at,
-                values,
-                order=order,
-                log=isinstance(one, LogUniformConfig),
-                xlabel=titles[key],
-                ylabel=words,
-            )
+        xs, log = (
+            at[key] if key in orders else [trial.point[key] for trial, _ in known],
+            isinstance(one, LogUniformConfig),
         )
+        names = (titles[key], words)
+        pictures.append(plots.effect(f"effect-{place}", xs, values, order=orders.get(key), log=log, names=names))
     notes = ["Maps and lines show means over the trials that share these values; points are trials."]
     return Section(ABOUT[objective], notes if len(space) > 1 else [], pictures)
 

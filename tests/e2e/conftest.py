@@ -3,11 +3,13 @@
 import csv
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import psutil
 import pytest
 
 SETTINGS = [
@@ -73,3 +75,18 @@ def finished(
     storage = tmp_path_factory.mktemp("undisturbed")
     done = subprocess.run(command(storage), capture_output=True, text=True, check=False, timeout=1200)
     return storage / "singlestrip", done
+
+
+@pytest.fixture(scope="session")
+def wait_for() -> Callable[[Callable[[], bool], "subprocess.Popen[bytes]"], list[psutil.Process]]:
+    """Waits until a condition holds; gives the processes that a process has started by then."""
+
+    def wait(reached: Callable[[], bool], process: "subprocess.Popen[bytes]") -> list[psutil.Process]:
+        deadline = time.monotonic() + 900
+        while not reached():
+            if process.poll() is not None or time.monotonic() > deadline:
+                pytest.fail(f"the process ended (exit code {process.poll()}) or stalled before what was waited for")
+            time.sleep(0.02)
+        return psutil.Process(process.pid).children(recursive=True)
+
+    return wait

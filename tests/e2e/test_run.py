@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,12 +11,12 @@ import nibabel as nib
 import numpy as np
 import psutil
 import pyarrow.parquet as pq
-import pytest
 import torch
 
 from onelabel.orchestrator.tracking import open_client
 
 Command = Callable[..., list[str]]
+Waiting = Callable[[Callable[[], bool], "subprocess.Popen[bytes]"], list[psutil.Process]]
 Finished = tuple[Path, subprocess.CompletedProcess[str]]
 
 
@@ -82,7 +81,9 @@ def test_run_is_logged(finished: Finished) -> None:
     assert {"checkpoint", "selection.parquet", "best-and-worst.png"} <= artifacts
 
 
-def test_same_seed_gives_same_run_though_an_actor_dies(finished: Finished, command: Command, tmp_path: Path) -> None:
+def test_same_seed_gives_same_run_though_an_actor_dies(
+    finished: Finished, command: Command, wait_for: Waiting, tmp_path: Path
+) -> None:
     process = subprocess.Popen(command(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for(lambda: any(tmp_path.glob("singlestrip/round-00/training/checkpoint_*")), process)
     actors = [p for p in psutil.Process(process.pid).children(recursive=True) if "SynthActor" in " ".join(p.cmdline())]
@@ -102,7 +103,7 @@ STAGES: dict[str, Callable[[Path], bool]] = {
 }
 
 
-def test_killed_driver_resumes(finished: Finished, command: Command, tmp_path: Path) -> None:
+def test_killed_driver_resumes(finished: Finished, command: Command, wait_for: Waiting, tmp_path: Path) -> None:
     """Kill one run in every stage in turn; the last attempt completes it."""
     run = tmp_path / "singlestrip"
     for reached in STAGES.values():
@@ -117,13 +118,3 @@ def test_killed_driver_resumes(finished: Finished, command: Command, tmp_path: P
     assert last.returncode == 1, last.stderr[-3000:]
     assert_same_run(run, finished[0])
     assert not list(run.glob("**/training"))
-
-
-def wait_for(reached: Callable[[], bool], process: "subprocess.Popen[bytes]") -> list[psutil.Process]:
-    """Until a condition holds; the processes that the run has started by then."""
-    deadline = time.monotonic() + 900
-    while not reached():
-        if process.poll() is not None or time.monotonic() > deadline:
-            pytest.fail(f"the run ended (exit code {process.poll()}) or stalled before what was waited for")
-        time.sleep(0.02)
-    return psutil.Process(process.pid).children(recursive=True)

@@ -49,28 +49,21 @@ def test_few_trials_make_a_page_too(config: RunConfig, tmp_path: Path, count: in
 
 def test_a_table_has_no_column_of_errors_where_there_are_none(config: RunConfig) -> None:
     table = surface.table(tried(config, 2), "expected_dice")
-    assert list(table.columns) == ["select k", "bins foreground", "learner learning_rate", *table.columns[3:]]
+    assert list(table.columns) == ["select k", "learner learning_rate", "bins foreground", *table.columns[3:]]
     assert "error" not in table.columns
     assert [row[list(table.columns).index("expected dice")] for row in table.rows] == [0.9, 0.89]
 
 
 def test_a_map_holds_means_and_names_the_highest() -> None:
-    picture = plots.surface(
-        "map",
-        ["a", "b", "a"],
-        ["x", "x", "x"],
-        np.array([0.5, 0.6, 0.9]),
-        orders=["abc", "xy"],
-        names=("l", "m"),
-        title="Dice",
-    )
+    axes = {"l": ["a", "b", "c"], "m": ["x", "y"]}
+    picture = plots.surface("map", ["a", "b", "a"], ["x"] * 3, np.array([0.5, 0.6, 0.9]), axes=axes, title="Dice")
     assert picture.alt == "Mean Dice by l and m: highest 0.700 at a and x."
     assert b"0.700" in picture.data and b"0.600" in picture.data
 
 
 def test_an_effect_is_drawn_over_numbers_and_over_choices() -> None:
-    values = np.array([0.5, 0.7])
-    numbers = plots.effect("n", [1e-3, 1e-2], values, order=None, log=True, xlabel="rate", ylabel="Dice")
-    choices = plots.effect("c", ["b", "a"], values, order=["a", "b"], log=False, xlabel="bins", ylabel="Dice")
+    values, names = np.array([0.5, 0.7]), ("rate", "Dice")
+    numbers = plots.effect("n", [1e-3, 1e-2], values, order=None, log=True, names=names)
+    choices = plots.effect("c", ["b", "a"], values, order=["a", "b"], log=False, names=names)
     assert numbers.alt == "Dice by rate: 2 trials, highest 0.700 at 0.01."
-    assert choices.alt == "Dice by bins: 2 trials, highest 0.700 at a."
+    assert choices.alt == "Dice by rate: 2 trials, highest 0.700 at a."
