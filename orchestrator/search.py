@@ -1,6 +1,7 @@
 """Search: Ray Tune over runs."""
 
 import logging
+import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -92,7 +93,6 @@ def search(config: RunConfig, /) -> Found:
     cohorts = _checked(tried)
     folder = open_folder(config, record=RECORD)
     preload()
-    os.environ.update(_ENVIRONMENT)
     with runtime.connect(config.compute) as joined, Tracker(config, folder) as tracker:
         demands = [
             resources.of_stage(one.config.compute, **needs(one.config, each))
@@ -100,7 +100,9 @@ def search(config: RunConfig, /) -> Found:
         ]
         for demand in demands:
             resources.check(demand, wait_s=config.compute.wait_s if joined else 0)
-        nested = config.tracking.model_copy(update={"uri": tracker.uri, "parent": tracker.run_id})
+        # Trials that write to one SQLite file at a time wait for each other.
+        uri = tracker.uri if config.tracking.uri else f"{tracker.uri}?timeout=60"
+        nested = config.tracking.model_copy(update={"uri": uri, "parent": tracker.run_id})
         common = common.model_copy(update={"tracking": nested})
         most = settings.concurrent or len(tried)
         at_once = min(resources.copies(demand, most=most) for demand in demands)
@@ -161,6 +163,7 @@ def _checked(tried: Sequence[Trial]) -> list[Cohorts]:
 def _tune(config: RunConfig, common: RunConfig, tried: list[Point], objective: str, at_once: int) -> None:
     """Have Ray Tune do the trials. What is known of each in the end is in its folder."""
     assert config.search
+    os.environ.update(_ENVIRONMENT)
     settings, halving = config.search, config.search.halving
     optuna = settings.sampler == "optuna"
     space: dict[str, Any] = {"point": tune.grid_search(tried)}
@@ -202,13 +205,12 @@ def _try(settings: Mapping[str, Any], /, *, common: RunConfig, objective: str) -
         nonlocal rounds
         rounds += 1
         value = trials.value_of(metrics, objective)
-        if value is not None:
-            tune.report({"objective": value, "round": rounds})
+        tune.report({"objective": math.nan if value is None else value, "round": rounds})
 
     try:
         trials.trial(common, trials.decoded(settings["point"])).complete(tell)
     except OnelabelError:
-        return  # to try again would not help; its folder says why
+        tell({})  # its folder says why; if this were a failure to Ray Tune, it would try again
 
 
 def _optuna(config: RunConfig, before: Sequence[Trial]) -> Searcher:
@@ -235,6 +237,8 @@ class _Telling(tune.Callback):
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, result: dict[str, Any], **info: Any
     ) -> None:
         one = self._trial(trial)
+        if one.error:
+            return
         log.info("%s: round %d, %s %.4f", _words(one.point), result["round"], self.objective, result["objective"])
 
     def on_trial_complete(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:

@@ -74,10 +74,10 @@ class _Recorder:
         with _forgiven():
             self._client.log_artifact(self.run_id, str(path), folder)
 
-    def close(self, failed: bool = False) -> None:
-        """Mark the run as finished or failed."""
+    def close(self, status: str = "FINISHED") -> None:
+        """Mark the run as finished, failed or killed."""
         with _forgiven():
-            self._client.set_terminated(self.run_id, "FAILED" if failed else "FINISHED")
+            self._client.set_terminated(self.run_id, status)
 
     def __enter__(self) -> Self:
         return self
@@ -85,7 +85,8 @@ class _Recorder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close(failed=kind is not None)
+        # A search that stops a trial, and Ctrl-C, raise what is no Exception.
+        self.close("FINISHED" if kind is None else "FAILED" if issubclass(kind, Exception) else "KILLED")
 
 
 class RoundTracker(_Recorder):
