@@ -103,6 +103,15 @@ def fits(bundles: Sequence[Bundle], nodes: Sequence[Bundle], /) -> bool:
     return True
 
 
+def copies(demands: Sequence[Demand], /, *, most: int) -> int:
+    """How many times the nodes, were they idle, could hold each of the demands at once: from 1 to `most`."""
+    nodes = _nodes()
+    count = 1
+    while count < most and all(fits(demand.bundles * (count + 1), nodes) for demand in demands):
+        count += 1
+    return count
+
+
 def capacity(bundle: Bundle, /) -> int:
     """How many processes of such resources the nodes hold, were they idle."""
     return sum(int(min(node.get(name, 0) / amount for name, amount in bundle.items() if amount)) for node in _nodes())

@@ -14,8 +14,8 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from onelabel.cluster import runtime
-from onelabel.configs.load import dump
-from onelabel.configs.schema import DataConfig, RunConfig, SourceConfig
+from onelabel.configs.load import absolute, dump
+from onelabel.configs.schema import RunConfig
 from onelabel.errors import ClusterError
 
 # Ray tells of each step, and sets these levels itself when it is imported.
@@ -120,15 +120,8 @@ class Jobs:
 
 def for_job(config: RunConfig, /) -> RunConfig:
     """The same run from any folder of the cluster: paths are absolute, and it joins the cluster that it is sent to."""
-    sources = {name: source for name in DataConfig.model_fields if (source := getattr(config.data, name)) is not None}
-    data = {name: _placed(source) for name, source in sources.items()}
-    return config.model_copy(
-        update={
-            "data": config.data.model_copy(update=data),
-            "storage": absolute(config.storage),
-            "compute": config.compute.model_copy(update={"address": None}),
-        }
-    )
+    compute = config.compute.model_copy(update={"address": None})
+    return absolute(config).model_copy(update={"compute": compute})
 
 
 def exit_code(details: JobDetails, /) -> int:
@@ -141,11 +134,6 @@ def exit_code(details: JobDetails, /) -> int:
     return code if code >= 0 else 128 - code
 
 
-def absolute(place: str, /) -> str:
-    """A path as it reads from any folder; a URI as it is."""
-    return place if "://" in place else os.path.abspath(place)
-
-
 def _credentials() -> dict[str, str]:
     """The header with the token, if there is one: Ray sends it only if RAY_AUTH_MODE was set when Ray was imported."""
     if os.environ.get("RAY_AUTH_MODE") == "disabled":
@@ -155,10 +143,6 @@ def _credentials() -> dict[str, str]:
     if not token and file.is_file():
         token = file.read_text().strip()
     return {"Authorization": f"Bearer {token}"} if token else {}
-
-
-def _placed(source: SourceConfig) -> SourceConfig:
-    return source.model_copy(update={"path": absolute(source.path)})
 
 
 def _reason(error: BaseException) -> str:

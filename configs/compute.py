@@ -33,4 +33,5 @@ class TrackingConfig(Base):
 
     uri: str | None = Field(None, description="tracking URI; null: sqlite in the folder of the run")
     experiment: str = Field("onelabel", description="MLflow experiment")
+    parent: str | None = Field(None, description="id of an MLflow run under which this one stands")
     every: int = Field(20, ge=1, description="steps between logged losses")

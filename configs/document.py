@@ -32,7 +32,7 @@ name in a mapping. Where several kinds of mapping are possible, the key `type` s
 `[low, high]` from which each sample draws.
 """
 _COLUMNS = "| key | type | default | what |\n| --- | --- | --- | --- |"
-_SIMPLE = {str: "text", int: "whole number", float: "number", bool: "true or false", type(None): "null"}
+_SIMPLE = {str: "text", int: "whole number", float: "number", bool: "true or false", type(None): "null", Any: "value"}
 _SIGNS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below", "min_length": "at least"}
 
 

@@ -1,7 +1,7 @@
 """YAML files stacked left to right, then `key=value` overrides; and back to YAML for the record."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_origin
@@ -36,6 +36,25 @@ def load(items: Sequence[str]) -> RunConfig:
         merged = _merge(merged, settings, [RunConfig])
     refuse_passwords(merged)
     return parse(merged)
+
+
+def change(config: RunConfig, values: Mapping[str, Any], /) -> RunConfig:
+    """A config with other values at dotted keys, which may hold `*`; raises as `load` does."""
+    merged: Any = config.model_dump(mode="json")
+    for key, value in values.items():
+        merged = _merge(merged, _nested(key, value), [RunConfig])
+    return parse(merged)
+
+
+def absolute(config: RunConfig, /) -> RunConfig:
+    """The same run from any folder: its paths are absolute; URIs stay as they are."""
+
+    def placed(place: str) -> str:
+        return place if "://" in place else os.path.abspath(place)
+
+    sources = {name: source for name, source in config.data if isinstance(source, SourceConfig)}
+    update = {name: source.model_copy(update={"path": placed(source.path)}) for name, source in sources.items()}
+    return config.model_copy(update={"data": config.data.model_copy(update=update), "storage": placed(config.storage)})
 
 
 def parse(settings: Any) -> RunConfig:
@@ -78,10 +97,13 @@ def _override(item: str) -> Any:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         value = text
-    parts = key.strip().split(".")
-    if not all(parts):
+    if not all(key.strip().split(".")):
         raise ConfigError(f"override '{item}' must read dotted.key=value")
-    for part in reversed(parts):
+    return _nested(key.strip(), value)
+
+
+def _nested(key: str, value: Any) -> Any:
+    for part in reversed(key.split(".")):
         value = {part: value}
     return value
 

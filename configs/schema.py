@@ -17,6 +17,7 @@ from onelabel.configs.learners import (
     ScribbleConfig,
     SupervisedConfig,
 )
+from onelabel.configs.searching import SearchConfig
 from onelabel.configs.selection import SelectConfig, ThresholdConfig, TopKConfig
 from onelabel.configs.streams import Ingredients, PseudoLabelConfig, StreamConfig, ViewsConfig
 
@@ -323,6 +324,7 @@ class RunConfig(Base):
     stages: tuple[StageConfig, ...] = Field(min_length=1, description="the strategy")
     compute: ComputeConfig = Field(ComputeConfig(), description="machines")
     tracking: TrackingConfig = Field(TrackingConfig(), description="MLflow")
+    search: SearchConfig | None = Field(None, description="what `onelabel search` varies")
 
     @property
     def segmenter(self) -> UNetConfig:

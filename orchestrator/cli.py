@@ -80,6 +80,26 @@ def run(
 
 
 @app.command()
+def search(
+    items: Annotated[
+        list[str],
+        typer.Argument(metavar="CONFIG|KEY=VALUE", help="YAML files or presets, then settings; later ones win."),
+    ],
+) -> None:
+    """Try settings, each as a run, and say which are best; the same command goes on."""
+    from onelabel.configs.load import load
+    from onelabel.orchestrator import search as searching
+    from onelabel.orchestrator import surface
+
+    found = searching.search(load(items))
+    table = surface.table(found.trials, found.objective)
+    _show("Trials, the best first", table.columns, table.rows)
+    for what, place in found.places().items():
+        typer.echo(f"{what}: {place}")
+    raise typer.Exit(bool(found.failed))
+
+
+@app.command()
 def submit(
     items: Annotated[
         list[str] | None,

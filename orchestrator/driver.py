@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,12 @@ class Outcome:
         return self.folder / page.NAME
 
 
-def run(config: RunConfig, /) -> Outcome:
+def run(config: RunConfig, /, on_round: Callable[[dict[str, Any]], None] | None = None) -> Outcome:
     """Run all stages, or what is left of them when the folder holds an unfinished run of the same settings.
+
+    Parameters
+    ----------
+    on_round : called with the metrics of every round, in order, as soon as they are known
 
     Raises
     ------
@@ -68,6 +73,8 @@ def run(config: RunConfig, /) -> Outcome:
             if not now.done:
                 _run_round(work, now, rounds[: now.index], selection)
             selection = now.table("selection") if now.stage.ranker else selection
+            if on_round:
+                on_round(now.metrics())
         command = tracker.command()
     if news or not (folder / page.NAME).is_file():
         _report(folder)

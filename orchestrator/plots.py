@@ -233,6 +233,74 @@ def histogram(name: str, parts: Mapping[str, Values], /, *, title: str, axis: st
     return _draw(name, draw, alt=f"Distribution of the {axis}. {title}: {figures}.")
 
 
+def surface(
+    name: str,
+    across: Sequence[str],
+    up: Sequence[str],
+    values: Values,
+    /,
+    *,
+    axes: Mapping[str, Sequence[str]],
+    title: str,
+) -> Picture:
+    """Draw the mean of values, (n,), over a grid of two settings as a map with a number in each cell.
+
+    Parameters
+    ----------
+    across, up : for each value what the settings are
+    axes : names of the settings, and their values in order: across, then up
+    """
+    (xlabel, xs), (ylabel, ys) = axes.items()
+    cells = np.full((len(ys), len(xs)), np.nan)
+    for row, column in np.ndindex(cells.shape):
+        here = [at == (xs[column], ys[row]) for at in zip(across, up, strict=True)]
+        cells[row, column] = values[here].mean() if any(here) else np.nan
+    middle = (np.nanmin(cells) + np.nanmax(cells)) / 2
+
+    def draw(axes: Axes) -> None:
+        axes.grid(visible=False)
+        axes.pcolormesh(np.ma.masked_invalid(cells), cmap="viridis", edgecolors="face")
+        for row, column in np.argwhere(np.isfinite(cells)):
+            place, colour = (column + 0.5, row + 0.5), "black" if cells[row, column] > middle else "white"
+            axes.text(*place, f"{cells[row, column]:.3f}", ha="center", va="center", color=colour)
+        axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+        axes.set_xticks(np.arange(len(xs)) + 0.5, list(xs))
+        axes.set_yticks(np.arange(len(ys)) + 0.5, list(ys))
+
+    row, column = divmod(int(np.nanargmax(cells)), len(xs))
+    highest = f"highest {cells[row, column]:.3f} at {xs[column]} and {ys[row]}"
+    return _draw(name, draw, alt=f"Mean {title} by {xlabel} and {ylabel}: {highest}.")
+
+
+def effect(
+    name: str, at: Sequence[Any], values: Values, /, *, order: Sequence[str] | None, log: bool, names: tuple[str, str]
+) -> Picture:
+    """Draw values, (n,), over a setting: points, and where it is one of a list a line through their means.
+
+    Parameters
+    ----------
+    at : for each value what the setting is; numbers, or members of the order
+    order : of the axis; None: numbers, on a logarithmic axis if so wanted
+    names : of the setting and the values
+    """
+    xs = np.array([order.index(x) if order else x for x in at], float)
+    title = f"{names[1]} by {names[0]}"
+
+    def draw(axes: Axes) -> None:
+        axes.scatter(xs, values, s=28, c=BLUE, alpha=0.75, linewidths=0)
+        if order:
+            known = np.unique(xs)
+            axes.plot(known, [values[xs == x].mean() for x in known], color=VERMILLION, lw=1.8)
+            axes.set_xticks(range(len(order)), list(order))
+        elif log:
+            axes.set_xscale("log")
+        axes.set(title=title, xlabel=names[0], ylabel=names[1])
+        axes.margins(x=0.1, y=0.12)
+
+    best = at[int(np.argmax(values))]
+    return _draw(name, draw, alt=f"{title}: {len(values)} trials, highest {values.max():.3f} at {best}.")
+
+
 def _draw(name: str, draw: Callable[[Axes], None], *, alt: str) -> Picture:
     """A figure of one plot."""
     # The salt gives elements the same ids every time.

@@ -28,7 +28,7 @@ from onelabel.tasks import streams
 from onelabel.tasks.cohort import Cohort, open_cohort
 
 _RECORD = "config.yaml"
-_FREE_TO_CHANGE = ("compute", "tracking", "storage")
+_FREE_TO_CHANGE = ("compute", "tracking", "storage", "search")
 
 
 @dataclass(frozen=True)
@@ -53,16 +53,28 @@ def open_cohorts(config: RunConfig, /) -> Cohorts:
 
     Raises
     ------
-    ConfigError : k larger than the cohort, a learner or streams that make no segmenter, or images painted from scans of
-        which little is annotated.
+    ConfigError : as `check` does, or images painted from scans of which little is annotated.
     DataError : a source that names nothing, a labelled scan that cannot be used, or a class that none of them holds.
     """
-    for stage in config.stages:
-        _check_stage(stage)
     labelled = _open(config.data.labelled, labels=True)
     _check_labels(labelled, config)
     unlabelled = _open(config.data.unlabelled, labels=False) if config.data.unlabelled else None
+    test = _open(config.data.test, labels=True) if config.data.test else None
+    cohorts = Cohorts(labelled, unlabelled, test)
+    check(config, cohorts)
+    return cohorts
+
+
+def check(config: RunConfig, cohorts: Cohorts, /) -> None:
+    """Check stages against learners and scans.
+
+    Raises
+    ------
+    ConfigError : k larger than the cohort, or a learner or streams that make no segmenter.
+    """
+    unlabelled = cohorts.unlabelled
     for stage in config.stages:
+        _check_stage(stage)
         if not (stage.ranker and unlabelled):
             continue
         if isinstance(stage.select, TopKConfig) and (most := max(stage.select.k)) > len(unlabelled):
@@ -72,8 +84,6 @@ def open_cohorts(config: RunConfig, /) -> Cohorts:
             )
         if isinstance(stage.ranker, OracleRankerConfig) and not any(row["label"] for row in unlabelled.rows()):
             raise ConfigError(f"stage '{stage.name}' ranks by the oracle, but no scan of data.unlabelled has a mask")
-    test = _open(config.data.test, labels=True) if config.data.test else None
-    return Cohorts(labelled, unlabelled, test)
 
 
 def _check_stage(stage: StageConfig) -> None:
@@ -147,8 +157,12 @@ def needs(config: RunConfig, cohorts: Cohorts, /) -> dict[str, float]:
     return {"actor_bytes": streams.actor_bytes(seen), "store_bytes": store}
 
 
-def open_folder(config: RunConfig, /) -> Path:
+def open_folder(config: RunConfig, /, *, record: str = _RECORD) -> Path:
     """The run's folder, made or, for the same settings, gone on with.
+
+    Parameters
+    ----------
+    record : file in it that holds the settings
 
     Raises
     ------
@@ -161,7 +175,7 @@ def open_folder(config: RunConfig, /) -> Path:
             f"storage '{config.storage}' lies in the folder of a submitted job, which Ray removes after it; set"
             " storage=/FOLDER to one that all nodes mount"
         )
-    record = folder / _RECORD
+    recorded = folder / record
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
@@ -169,14 +183,14 @@ def open_folder(config: RunConfig, /) -> Path:
         probe.unlink()
     except OSError as error:
         raise ClusterError(f"storage '{folder}' is not writable ({error.strerror}); set storage=FOLDER") from None
-    if record.is_file():
-        before, now = _recorded(record), config.model_dump(mode="json")
+    if recorded.is_file():
+        before, now = _recorded(recorded), config.model_dump(mode="json")
         changed = [key for key in now if key not in _FREE_TO_CHANGE and before.get(key) != now[key]]
         if changed:
             raise ConfigError(
                 f"'{folder}' holds a run with another {' and '.join(changed)}; choose another name=NAME, or remove it"
             )
-    dump(config, record)
+    dump(config, recorded)
     return folder.resolve()
 
 

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import re
 import shlex
 import sqlite3
 import threading
@@ -74,10 +75,10 @@ class _Recorder:
         with _forgiven():
             self._client.log_artifact(self.run_id, str(path), folder)
 
-    def close(self, failed: bool = False) -> None:
-        """Mark the run as finished or failed."""
+    def close(self, status: str = "FINISHED") -> None:
+        """Mark the run as finished, failed or killed."""
         with _forgiven():
-            self._client.set_terminated(self.run_id, "FAILED" if failed else "FINISHED")
+            self._client.set_terminated(self.run_id, status)
 
     def __enter__(self) -> Self:
         return self
@@ -85,7 +86,8 @@ class _Recorder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close(failed=kind is not None)
+        # A search that stops a trial, and Ctrl-C, raise what is no Exception.
+        self.close("FINISHED" if kind is None else "FAILED" if issubclass(kind, Exception) else "KILLED")
 
 
 class RoundTracker(_Recorder):
@@ -125,7 +127,7 @@ class Tracker(_Recorder):
             self._experiment = _experiment(client, config.tracking.experiment, artifacts)
             run = _go_on(client, self._ids["run"]) if "run" in self._ids else None
             if run is None:
-                run = client.create_run(self._experiment, run_name=config.name)
+                run = client.create_run(self._experiment, run_name=config.name, tags=_under(config.tracking.parent))
                 self._remember({"run": run.info.run_id, "rounds": {}})
             _log_parameters(client, run, flatten(config.model_dump(mode="json")))
         super().__init__(client, run.info.run_id)
@@ -136,8 +138,7 @@ class Tracker(_Recorder):
             known = self._ids["rounds"]
             run = _go_on(self._client, known[name]) if name in known else None
             if run is None:
-                parent = {"mlflow.parentRunId": self.run_id}
-                run = self._client.create_run(self._experiment, run_name=name, tags=parent)
+                run = self._client.create_run(self._experiment, run_name=name, tags=_under(self.run_id))
                 self._remember(self._ids | {"rounds": known | {name: run.info.run_id}})
         return RoundTracker(self._client, run.info.run_id)
 
@@ -219,6 +220,11 @@ def open_client(uri: str) -> "MlflowClient":
     return MlflowClient(tracking_uri=uri)
 
 
+def _under(parent: str | None) -> dict[str, str]:
+    """Tags that make a run a nested one."""
+    return {"mlflow.parentRunId": parent} if parent else {}
+
+
 def _uri(config: RunConfig, folder: Path) -> str:
     return config.tracking.uri or f"{_SQLITE}{folder / _DATABASE}"
 
@@ -282,7 +288,7 @@ def _log_parameters(client: "MlflowClient", run: "Run", parameters: Mapping[str,
     from mlflow.entities import Param, RunTag
 
     known = run.data.params
-    values = {key: text[:MAX_VALUE] for key, text in parameters.items()}
+    values = {re.sub(r"[^\w\-. :/]", "_", key): text[:MAX_VALUE] for key, text in parameters.items()}
     new = [Param(key, text) for key, text in values.items() if key not in known]
     changed = [RunTag(f"changed.{key}", text) for key, text in values.items() if known.get(key, text) != text]
     for start in range(0, len(new), MAX_PARAMS):

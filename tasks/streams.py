@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import import_module
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import ray
@@ -30,6 +30,9 @@ from onelabel.models.learners import Samples
 from onelabel.tasks.cohort import PROBABILITY, Cohort
 
 Sample = tuple[np.ndarray, np.ndarray, float]
+
+# A run may be a trial of Ray Tune, whose own placement group must not hold what the run starts.
+ANYWHERE: Literal["DEFAULT"] = "DEFAULT"
 
 _PROCESS_BYTES = 700 << 20  # of an actor that has made nothing yet
 _VOXEL_BYTES = 24  # at most, of an actor that makes a sample
@@ -182,7 +185,8 @@ class SynthPool:
     """
 
     def __init__(self, actors: int, /, *, cpus: float = 1, gpus: float = 0, memory: int = 0) -> None:
-        options = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": -1, "max_task_retries": -1}
+        options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus, "scheduling_strategy": ANYWHERE}
+        options |= {"max_restarts": -1, "max_task_retries": -1}
         if memory:
             options["memory"] = memory
         device = "cuda" if gpus else "cpu"
@@ -239,7 +243,7 @@ def prepare(cohort: Cohort, config: RunConfig, /) -> list[Any]:
     return refs
 
 
-@ray.remote(num_cpus=1)
+@ray.remote(num_cpus=1, scheduling_strategy=ANYWHERE)
 def _prepare(
     image: str, label: str, kind: str, grid: Grid, bins: BinsConfig, classes: Classes, seed: int
 ) -> BinnedScan:
@@ -247,7 +251,7 @@ def _prepare(
     return scan_on_grid(image, label, grid, bins=bins, classes=classes, seed=seed, probability=kind == PROBABILITY)
 
 
-@ray.remote(num_cpus=0)
+@ray.remote(num_cpus=0, scheduling_strategy=ANYWHERE)
 def _touch(scan: BinnedScan) -> None:
     """Fail if making the scan failed, without moving it to the driver."""
 

@@ -34,6 +34,12 @@ def test_a_stage_trains_and_synthesises_at_once() -> None:
     assert (scoring.total("CPU"), scoring.total("GPU")) == (5, 0)
 
 
+def test_as_many_runs_are_had_at_once_as_fit_or_are_wanted(ray_cluster: None) -> None:
+    assert resources.copies(of_stage(ComputeConfig()), most=9) == 1
+    small = of_stage(ComputeConfig(synth_cpus=0.1, cpus_per_worker=0.3, score_actors=1))
+    assert [resources.copies(small, most=most) for most in (1, 2, 9)] == [1, 2, 2]
+
+
 def test_the_defaults_fit_on_two_cores(ray_cluster: None) -> None:
     check(of_stage(ComputeConfig()), wait_s=0)
 

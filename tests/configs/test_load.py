@@ -13,7 +13,7 @@ from onelabel.errors import ConfigError
 DATA = "data={labelled: one.nii.gz, unlabelled: many}"
 BASE = ("singlestrip", DATA)
 # Presets that are no strategy of their own and stack on one.
-OVERLAYS = {"smoke", "search"}
+OVERLAYS = {"smoke"}
 ON_SINGLESTRIP = {"default_brain"}
 STRATEGIES = sorted({path.stem for path in PRESETS.glob("*.yaml")} - OVERLAYS - ON_SINGLESTRIP)
 

@@ -1,0 +1,136 @@
+"""The report of a search: one HTML page that shows how the objective responds to the searched keys."""
+
+import json
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onelabel.configs.schema import RunConfig
+from onelabel.configs.searching import ChoicesConfig, LogUniformConfig
+from onelabel.orchestrator import markup, plots
+from onelabel.orchestrator.page import NAME, TEMPLATE
+from onelabel.orchestrator.report import Picture
+from onelabel.orchestrator.sections import Fact, Section, Table
+from onelabel.orchestrator.trials import BASES, Trial
+
+MOST_MAPS = 6  # pairs of keys that are drawn
+_STATES = ("done", "stopped early", "failed")
+
+ABOUT = {
+    "expected_dice": "The mean Dice to expect of the unlabelled scans' masks. It is learned from masks of synthetic"
+    " images that are made by each trial's own synthesis: between trials of other synthesis or other bins it says less"
+    " than between trials of the same.",
+    "test_dice": "The mean Dice of the test scans. The best of many trials is a little lucky on them: judge it on"
+    " others.",
+}
+
+
+def write(config: RunConfig, objective: str, trials: Sequence[Trial], folder: Path, /) -> Path:
+    """Write the page; its trials are sorted, the best one first."""
+    page = folder / NAME
+    rows = [(one, _value(one, objective)) for one in trials]
+    sections = {
+        "Response": _response(config, objective, rows),
+        "Trials": Section(tables=[table(trials, objective)]),
+        "Best settings": Section(
+            "best.yaml holds all settings, ready for `onelabel run`.",
+            tables=[Table(("key", "value"), [(key, str(value)) for key, value in trials[0].point.items()])],
+        ),
+    }
+    with markup.complete(page) as unfinished:
+        markup.write(
+            unfinished,
+            TEMPLATE,
+            name=config.name,
+            folder=folder,
+            facts=_facts(objective, rows, folder),
+            sections=sections,
+        )
+    return page
+
+
+def table(trials: Sequence[Trial], objective: str, /) -> Table:
+    """A row for each trial: its values, how far it came and how good it was."""
+    keys = list(dict.fromkeys(key for one in trials for key in one.point))
+    rows = [
+        (
+            *(_text(one.point.get(key)) for key in keys),
+            _state(one),
+            len(one.values(objective)),
+            _value(one, objective),
+            one.folder.name,
+            one.error,
+        )
+        for one in trials
+    ]
+    titles = [key.replace(".", " ") for key in _short(keys)]
+    return Table((*titles, "state", "rounds", objective.replace("_", " "), "folder", "error"), rows, 4).without_gaps()
+
+
+def _facts(objective: str, rows: Sequence[tuple[Trial, float | None]], folder: Path) -> list[Fact]:
+    states = [_state(one) for one, _ in rows]
+    more = ", ".join(f"{states.count(state)} {state}" for state in _STATES[1:] if state in states)
+    bases = [path for path in (folder / BASES).glob("base-*") if path.is_dir()]
+    best, value = rows[0]
+    return [
+        (objective.replace("_", " "), f"{value:.4f}", "of the best trial"),
+        ("trials done", f"{states.count('done')} of {len(rows)}", more),
+        ("shared runs", str(len(bases)), "first stages that trials went on from"),
+        ("rounds", str(len(best.values(objective))), "of the best trial"),
+    ]
+
+
+def _response(config: RunConfig, objective: str, rows: Sequence[tuple[Trial, float | None]]) -> Section:
+    """Maps over each two keys that have lists of values, and a plot over each key."""
+    assert config.search
+    space = config.search.space
+    known = [pair for pair in rows if pair[1] is not None and pair[0].done and pair[0].point.keys() >= space.keys()]
+    if not known:
+        return Section(notes=["No trial of this space is done."])
+    values, words = np.array([value for _, value in known], float), objective.replace("_", " ")
+    titles = dict(zip(space, _short(list(space)), strict=True))
+    at = {key: [_text(one.point[key]) for one, _ in known] for key in space}
+    lists = {
+        key: [_text(value) for value in one.values] for key, one in space.items() if isinstance(one, ChoicesConfig)
+    }
+    orders = {key: list(dict.fromkeys(listed + at[key])) for key, listed in lists.items()}
+    pictures: list[Picture] = []
+    for place, (up, across) in enumerate(list(combinations(orders, 2))[:MOST_MAPS]):
+        axes = {titles[across]: orders[across], titles[up]: orders[up]}
+        pictures.append(plots.surface(f"surface-{place}", at[across], at[up], values, axes=axes, title=words))
+    for place, (key, one) in enumerate(space.items()):
+        xs, log = (
+            at[key] if key in orders else [trial.point[key] for trial, _ in known],
+            isinstance(one, LogUniformConfig),
+        )
+        names = (titles[key], words)
+        pictures.append(plots.effect(f"effect-{place}", xs, values, order=orders.get(key), log=log, names=names))
+    notes = ["Maps and lines show means over the trials that share these values; points are trials."]
+    return Section(ABOUT[objective], notes if len(space) > 1 else [], pictures)
+
+
+def _value(one: Trial, objective: str) -> float | None:
+    known = [value for value in one.values(objective) if value is not None]
+    return known[-1] if known else None
+
+
+def _state(one: Trial) -> str:
+    return "failed" if one.error else "done" if one.done else "stopped early"
+
+
+def _short(keys: Sequence[str]) -> list[str]:
+    """As much of the ends of dotted keys as tells them apart."""
+    parts = [key.split(".") for key in keys]
+    most = max((len(each) for each in parts), default=1)
+    for length in range(2, most + 1):
+        short = [".".join(each[-length:]) for each in parts]
+        if len(set(short)) == len(short):
+            return short
+    return list(keys)
+
+
+def _text(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else json.dumps(value).replace('"', "")

@@ -1,0 +1,113 @@
+"""A search on real Ray and two cores: killed, gone on with, robbed of a worker; and what its trials share."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from processes import kill_once, wait_for
+
+from onelabel.configs.load import load
+from onelabel.orchestrator import trials
+from onelabel.orchestrator.tracking import open_client
+
+K, BINS = "stages.*.select.k", "synthesis.bins.background"
+SPACE = {K: [2, 3], BINS: [[3, 4], [6, 8]]}
+
+
+@pytest.fixture(scope="module")
+def settings(heads: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A small search over a YAML file of its own, with the smoke preset stacked on it."""
+    folder = tmp_path_factory.mktemp("search")
+    data = {group: str(heads / f"{group}.csv") for group in ("labelled", "unlabelled")}
+    search = {"search": {"space": SPACE}, "name": "tiny", "storage": str(folder), "data": data}
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(search))
+    return ["singlestrip", str(folder / "tiny.yaml"), "smoke", "stages.1.rounds=1", "compute.checkpoint_every_s=0"]
+
+
+@pytest.fixture(scope="module")
+def folder(settings: list[str]) -> Path:
+    config = load(settings)
+    return Path(config.storage) / config.name
+
+
+def started(settings: list[str]) -> "subprocess.Popen[bytes]":
+    command = [sys.executable, "-m", "onelabel.orchestrator", "search", *settings]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+@pytest.fixture(scope="module")
+def output(settings: list[str], folder: Path) -> str:
+    """What the last of two attempts printed. The first is killed, the second loses a worker; one trial is spoilt."""
+    first = started(settings)
+    kill_once(lambda: any(folder.glob("trials/*/round-01/done")), first)
+    spoilt = folder / "trials" / spoilt_trial(settings, folder).folder.name
+    assert not spoilt.exists()
+    spoilt.mkdir()
+    (spoilt / "config.yaml").write_text("{seed: 99}")
+    second = started(settings)
+    scored = len(list(folder.glob("bases/*/round-00/done")))
+    family = wait_for(lambda: len(list(folder.glob("bases/*/round-00/done"))) > scored, second)
+    workers = [process for process in family if "ImplicitFunc" in " ".join(process.cmdline())]
+    assert workers
+    for worker in workers:
+        worker.kill()
+    printed, _ = second.communicate(timeout=1800)
+    assert second.returncode == 1, printed.decode()[-3000:]  # one trial is spoilt
+    return printed.decode()
+
+
+def spoilt_trial(settings: list[str], folder: Path) -> trials.Trial:
+    common = load(settings).model_copy(update={"storage": str(folder), "search": None})
+    return trials.trial(common, {K: 3, BINS: [6, 8]})
+
+
+def test_every_trial_is_a_row(output: str, folder: Path) -> None:
+    assert len(list(folder.glob("trials/*/point.json"))) == 4
+    assert len(list(folder.glob("trials/*/round-01/done"))) == 3
+    assert "holds a run with another" in output
+    assert "3 of 4" in (folder / "report.html").read_text(encoding="utf-8")
+    assert not (folder / "tune").exists()
+
+
+def test_the_first_stage_is_trained_once_for_all_k(output: str, folder: Path) -> None:
+    client = open_client(f"sqlite:///{folder}/mlflow.db")
+    experiment = client.get_experiment_by_name("onelabel")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    names = [run.info.run_name for run in runs if client.get_metric_history(run.info.run_id, "loss")]
+    assert sorted(names) == ["round-00 base"] * 2 + ["round-01 selftrain"] * 3
+
+
+def test_trials_are_nested_runs(output: str, folder: Path) -> None:
+    client = open_client(f"sqlite:///{folder}/mlflow.db")
+    experiment = client.get_experiment_by_name("onelabel")
+    assert experiment is not None
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    parent = runs["tiny"]
+    nested = [run for run in runs.values() if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    tried = [run for run in nested if run.info.run_name.startswith("k-")]
+    assert {(run.data.params["stages.0.select.k"], run.info.status) for run in tried} == {
+        ("[2]", "FINISHED"),
+        ("[3]", "FINISHED"),
+    }
+    assert all("unlabelled_expected_dice_mean" in run.data.metrics for run in tried)
+    assert parent.data.metrics["expected_dice"] == max(
+        run.data.metrics["unlabelled_expected_dice_mean"] for run in tried
+    )
+
+
+def test_the_best_settings_run_by_themselves_to_the_same_network(output: str, folder: Path) -> None:
+    config = load([str(folder / "best.yaml")])
+    assert config.search is None and config.tracking.parent is None
+    command = [sys.executable, "-m", "onelabel.orchestrator", "run", str(folder / "best.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 1, done.stderr[-3000:]  # one scan is broken
+    twin = next(line.split(": ", 1)[1] for line in output.splitlines() if line.startswith("best run: "))
+    ours, theirs = (
+        torch.load(run / "round-01/checkpoint/weights.pt", weights_only=True)
+        for run in (Path(config.storage) / config.name, Path(twin))
+    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
