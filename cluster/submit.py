@@ -15,6 +15,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from onelabel.cluster import runtime
 from onelabel.configs.load import absolute, dump
+from onelabel.configs.passwords import without_password
 from onelabel.configs.schema import RunConfig
 from onelabel.errors import ClusterError
 
@@ -47,8 +48,10 @@ class Jobs:
     def __init__(self, address: str | None = None, /) -> None:
         named = next(filter(None, (address, *map(os.environ.get, _ADDRESSES))), _LOCAL)
         if not named.startswith(("http://", "https://")):
-            raise ClusterError(f"cluster address '{named}' is no URL: give --address, such as http://HEAD:8265")
-        self._name = f"cluster '{named}'"
+            raise ClusterError(
+                f"cluster address '{without_password(named)}' is no URL: give --address, such as http://HEAD:8265"
+            )
+        self._name = f"cluster '{without_password(named)}'"
         os.environ[_ADDRESSES[0]] = named  # what Ray heeds before all else
         with self._answering():
             self._client = JobSubmissionClient(headers=_credentials())
@@ -146,4 +149,4 @@ def _credentials() -> dict[str, str]:
 
 
 def _reason(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return without_password(" ".join(str(error).split())) or type(error).__name__

@@ -111,3 +111,9 @@ class ScribbleConfig(OptimiserConfig):
         0.9, description="teacher's probability from which an unlabelled voxel counts for its class's mean feature"
     )
     ramp: Shares = Field((0.1, 0.75), description="shares of the steps between which the teacher gains its weight")
+
+
+LearnerConfig = Annotated[
+    SupervisedConfig | AutoencoderConfig | ReciprocalConfig | CurriculumConfig | MetaWeightedConfig | ScribbleConfig,
+    Field(discriminator="type"),
+]

@@ -12,9 +12,8 @@ from onelabel.configs.data import DataConfig
 from onelabel.configs.learners import (
     AutoencoderConfig,
     CurriculumConfig,
+    LearnerConfig,
     MetaWeightedConfig,
-    ReciprocalConfig,
-    ScribbleConfig,
     SupervisedConfig,
 )
 from onelabel.configs.searching import SearchConfig
@@ -167,12 +166,6 @@ class AutoencoderNetworkConfig(Base):
 
 
 NetworkConfig = Annotated[UNetConfig | AutoencoderNetworkConfig, Field(discriminator="type")]
-
-
-LearnerConfig = Annotated[
-    SupervisedConfig | AutoencoderConfig | ReciprocalConfig | CurriculumConfig | MetaWeightedConfig | ScribbleConfig,
-    Field(discriminator="type"),
-]
 
 
 class AutoencoderRankerConfig(Base):

@@ -17,7 +17,8 @@ import torch.distributed
 from ray.util.queue import Queue
 from torch import nn
 
-from onelabel.configs.schema import AutoencoderNetworkConfig, ComputeConfig, LearnerConfig, UNetConfig
+from onelabel.configs.learners import LearnerConfig
+from onelabel.configs.schema import AutoencoderNetworkConfig, ComputeConfig, UNetConfig
 from onelabel.imaging.random import derive
 from onelabel.models import checkpoint, networks
 from onelabel.models.learners import LEARNERS, Learner, Progress, Samples

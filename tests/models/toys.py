@@ -6,8 +6,8 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from onelabel.configs.learners import OptimiserConfig
-from onelabel.configs.schema import AutoencoderNetworkConfig, LearnerConfig, UNetConfig
+from onelabel.configs.learners import LearnerConfig, OptimiserConfig
+from onelabel.configs.schema import AutoencoderNetworkConfig, UNetConfig
 from onelabel.imaging.labels import IGNORE
 from onelabel.models import networks
 from onelabel.models.learners import LEARNERS, Learner, Progress, Samples
