@@ -20,10 +20,11 @@ _START_S = 600
 class Head:
     """A running head.
 
-    url : of its dashboard; gcs : host:port; environment : with the token; home and temp folder are those of the head
+    url : of its dashboard; gcs : host:port; environment : with the token; temp : where Ray keeps what a node needs
     """
 
     def __init__(self, home: Path, temp: Path) -> None:
+        self.temp = temp
         ours = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
         self.environment = ours | {
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",

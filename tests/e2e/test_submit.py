@@ -107,9 +107,10 @@ def test_ctrl_c_asks_whether_to_stop(head: Head, settings: list[str], tmp_path: 
 
 @pytest.fixture
 def blind(head: Head, tmp_path: Path) -> Iterator[None]:
-    """A second node, in whose eyes the storage is an empty folder of its own."""
+    """A second node, in whose eyes the storage, and what Ray keeps, are empty folders of its own."""
     (tmp_path / "runs").mkdir()
-    script = f"mount -t tmpfs none {tmp_path}/runs && exec {sys.executable} -m ray.scripts.scripts start --block"
+    mounts = "".join(f"mount -t tmpfs none {folder} && " for folder in (tmp_path / "runs", head.temp))
+    script = f"{mounts} exec {sys.executable} -m ray.scripts.scripts start --block"
     if subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode:
         pytest.skip("no right to make mount namespaces")
     process = subprocess.Popen(
@@ -126,7 +127,7 @@ def test_storage_of_one_node_is_refused(head: Head, blind: None, settings: list[
     need = "compute.score_actors=3"  # of which one finds room on the second node alone
     done = call(head, *CLI, "submit", *settings, need, "compute.wait_s=300", "--address", head.url, cwd=tmp_path)
     assert done.returncode == 2, done.stdout + done.stderr
-    assert re.search(r"storage '.*' is not shared: node \S+ \(\w+\) does not see", done.stdout)
+    assert re.search(r"storage '.*' is not shared: node \S+ \(\w+\) does not see", done.stdout), done.stdout
 
 
 def test_what_is_large_or_private_does_not_travel(tmp_path: Path) -> None:
