@@ -118,7 +118,7 @@ def trial(common: RunConfig, point: Mapping[str, Any], /) -> Trial:
     """
     config = change(common, point)
     words = [f"{key.rpartition('.')[2]}-{json.dumps(value)}" for key, value in point.items()]
-    readable = re.sub(r"[^\w.]+", "-", "_".join(words).replace('"', ""))[:_NAME_LENGTH].strip("-._")
+    readable = "_".join(re.sub(r"[^\w.]+", "-", word).strip("-") for word in words)[:_NAME_LENGTH].strip("-._")
     name = f"{readable}-{derive(json.dumps(dict(point), sort_keys=True)):014x}"
     return Trial(dict(point), config.model_copy(update={"name": name, "storage": f"{common.storage}/{TRIALS}"}))
 
