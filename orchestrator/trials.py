@@ -231,7 +231,8 @@ def bases_first(trials: list[Trial], /) -> list[Trial]:
 def known(common: RunConfig, /) -> list[Trial]:
     """All trials that were ever begun, the oldest first."""
     paths = sorted(Path(common.storage, TRIALS).glob(f"*/{_POINT}"), key=lambda path: path.stat().st_mtime_ns)
-    return [trial(common, json.loads(path.read_text(encoding="utf-8"))) for path in paths]
+    found = [(path.parent, trial(common, json.loads(path.read_text(encoding="utf-8")))) for path in paths]
+    return [one for folder, one in found if one.folder == folder]
 
 
 def folder_of(config: RunConfig, /) -> Path:
