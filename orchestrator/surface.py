@@ -106,12 +106,9 @@ def _response(config: RunConfig, objective: str, rows: Sequence[tuple[Trial, flo
         axes = {titles[across]: orders[across], titles[up]: orders[up]}
         pictures.append(plots.surface(f"surface-{place}", at[across], at[up], values, axes=axes, title=words))
     for place, (key, one) in enumerate(space.items()):
-        xs, log = (
-            at[key] if key in orders else [trial.point[key] for trial, _ in known],
-            isinstance(one, LogUniformConfig),
-        )
-        names = (titles[key], words)
-        pictures.append(plots.effect(f"effect-{place}", xs, values, order=orders.get(key), log=log, names=names))
+        xs = at[key] if key in orders else [trial.point[key] for trial, _ in known]
+        order, log, names = orders.get(key), isinstance(one, LogUniformConfig), (titles[key], words)
+        pictures.append(plots.effect(f"effect-{place}", xs, values, order=order, log=log, names=names))
     return Section(f"{ABOUT[objective]} {READING}", pictures=pictures)
 
 
