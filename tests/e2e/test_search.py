@@ -1,7 +1,5 @@
 """A search on real Ray and two cores: killed, gone on with, robbed of a worker; and what its trials share."""
 
-import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -46,31 +44,48 @@ def started(settings: list[str]) -> "subprocess.Popen[bytes]":
 @pytest.fixture(scope="module")
 def output(settings: list[str], folder: Path, wait_for: Waiting) -> str:
     """What the last of two attempts printed. The first is killed, the second loses a worker; one trial is spoilt."""
-    first = started(settings)
-    family = wait_for(lambda: any(folder.glob("trials/*/round-01/done")), first)
-    os.kill(first.pid, signal.SIGKILL)
-    first.wait()
-    for survivor in psutil.wait_procs(family, timeout=10)[1]:
-        survivor.kill()
-    spoilt = folder / "trials" / spoilt_trial(settings, folder).folder.name
+    with started(settings) as first:
+        family = wait_for(lambda: any(folder.glob("trials/*/round-01/done")), first)
+        end(family, first)
+    spoilt = spoilt_trial(settings, folder)
     assert not spoilt.exists()
     spoilt.mkdir()
     (spoilt / "config.yaml").write_text("{seed: 99}")
-    second = started(settings)
-    scored = len(list(folder.glob("bases/*/round-00/done")))
-    family = wait_for(lambda: len(list(folder.glob("bases/*/round-00/done"))) > scored, second)
-    workers = [process for process in family if "ImplicitFunc" in " ".join(process.cmdline())]
-    assert workers
-    for worker in workers:
-        worker.kill()
-    printed, _ = second.communicate(timeout=1800)
+    bases = len(list(folder.glob("bases/*/round-00/done")))
+    with started(settings) as second:
+        family = wait_for(lambda: len(list(folder.glob("bases/*/round-00/done"))) > bases, second)
+        try:
+            assert [worker for worker in family if lost(worker)]
+            printed, _ = second.communicate(timeout=1800)
+        finally:
+            end(family, second)
     assert second.returncode == 1, printed.decode()[-3000:]  # one trial is spoilt
     return printed.decode()
 
 
-def spoilt_trial(settings: list[str], folder: Path) -> trials.Trial:
+def end(family: list[psutil.Process], process: "subprocess.Popen[bytes]") -> None:
+    """Kill a search, if it goes on, and what outlives it."""
+    process.kill()
+    process.wait()
+    for survivor in psutil.wait_procs(family, timeout=10)[1]:
+        survivor.kill()  # Ray's agents outlive the node by minutes
+
+
+def lost(process: psutil.Process) -> bool:
+    """Kill a process that leads a trial; whether it was one."""
+    try:
+        if "ImplicitFunc" not in " ".join(process.cmdline()):
+            return False
+        process.kill()
+    except psutil.NoSuchProcess:
+        return False
+    return True
+
+
+def spoilt_trial(settings: list[str], folder: Path) -> Path:
+    """The folder of the trial that comes last."""
     common = load(settings).model_copy(update={"storage": str(folder), "search": None})
-    return trials.trial(common, {K: 3, BINS: [6, 8]})
+    return trials.trial(common, {K: 3, BINS: [6, 8]}).folder
 
 
 def test_every_trial_is_a_row(output: str, folder: Path) -> None:
