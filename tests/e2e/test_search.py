@@ -2,7 +2,8 @@
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -36,17 +37,26 @@ def folder(settings: list[str]) -> Path:
     return Path(config.storage) / config.name
 
 
-def started(settings: list[str]) -> "subprocess.Popen[bytes]":
+@contextmanager
+def started(settings: list[str]) -> Iterator["subprocess.Popen[bytes]"]:
+    """A search that is killed at the end, if it goes on, with all that it started."""
     command = [sys.executable, "-m", "onelabel.orchestrator", "search", *settings]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        yield process
+    finally:
+        family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        process.kill()
+        process.wait()
+        for survivor in psutil.wait_procs(family, timeout=10)[1]:
+            survivor.kill()  # Ray's agents outlive the node by minutes
 
 
 @pytest.fixture(scope="module")
 def output(settings: list[str], folder: Path, wait_for: Waiting) -> str:
     """What the last of two attempts printed. The first is killed, the second loses a worker; one trial is spoilt."""
     with started(settings) as first:
-        family = wait_for(lambda: any(folder.glob("trials/*/round-01/done")), first)
-        end(family, first)
+        wait_for(lambda: any(folder.glob("trials/*/round-01/done")), first)
     spoilt = spoilt_trial(settings, folder)
     assert not spoilt.exists()
     spoilt.mkdir()
@@ -54,21 +64,10 @@ def output(settings: list[str], folder: Path, wait_for: Waiting) -> str:
     bases = len(list(folder.glob("bases/*/round-00/done")))
     with started(settings) as second:
         family = wait_for(lambda: len(list(folder.glob("bases/*/round-00/done"))) > bases, second)
-        try:
-            assert [worker for worker in family if lost(worker)]
-            printed, _ = second.communicate(timeout=1800)
-        finally:
-            end(family, second)
+        assert [worker for worker in family if lost(worker)]
+        printed, _ = second.communicate(timeout=1800)
     assert second.returncode == 1, printed.decode()[-3000:]  # one trial is spoilt
     return printed.decode()
-
-
-def end(family: list[psutil.Process], process: "subprocess.Popen[bytes]") -> None:
-    """Kill a search, if it goes on, and what outlives it."""
-    process.kill()
-    process.wait()
-    for survivor in psutil.wait_procs(family, timeout=10)[1]:
-        survivor.kill()  # Ray's agents outlive the node by minutes
 
 
 def lost(process: psutil.Process) -> bool:
