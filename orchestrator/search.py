@@ -156,6 +156,8 @@ def _tune(config: RunConfig, common: RunConfig, tried: list[Point], objective: s
     space: dict[str, Any] = {"point": tune.grid_search(tried)}
     if optuna:
         space = {"point": {key: trials.domain(dimension) for key, dimension in settings.space.items()}}
+    # It would warn that there are no files of results, which nobody reads.
+    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
     folder = Path(common.storage)
     shutil.rmtree(folder / _SCRATCH, ignore_errors=True)
     tuner = tune.Tuner(

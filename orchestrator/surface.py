@@ -14,11 +14,12 @@ from onelabel.orchestrator import markup, plots
 from onelabel.orchestrator.page import NAME, TEMPLATE
 from onelabel.orchestrator.report import Picture
 from onelabel.orchestrator.sections import Fact, Section, Table
-from onelabel.orchestrator.trials import BASES, Trial
+from onelabel.orchestrator.trials import Trial, bases
 
 MOST_MAPS = 6  # pairs of keys that are drawn
 _STATES = ("done", "stopped early", "failed")
 
+READING = "Maps and lines show means over the trials that share these values; points are trials."
 ABOUT = {
     "expected_dice": "The mean Dice to expect of the unlabelled scans' masks. It is learned from masks of synthetic"
     " images that are made by each trial's own synthesis: between trials of other synthesis or other bins it says less"
@@ -46,7 +47,7 @@ def write(config: RunConfig, objective: str, trials: Sequence[Trial], folder: Pa
             TEMPLATE,
             name=config.name,
             folder=folder,
-            facts=_facts(objective, rows, folder),
+            facts=_facts(objective, rows),
             sections=sections,
         )
     return page
@@ -67,18 +68,18 @@ def table(trials: Sequence[Trial], objective: str, /) -> Table:
         for one in trials
     ]
     titles = [key.replace(".", " ") for key in _short(keys)]
-    return Table((*titles, "state", "rounds", objective.replace("_", " "), "folder", "error"), rows, 4).without_gaps()
+    return Table((*titles, "state", "rounds", _words(objective), "folder", "error"), rows, 4).without_gaps()
 
 
-def _facts(objective: str, rows: Sequence[tuple[Trial, float | None]], folder: Path) -> list[Fact]:
+def _facts(objective: str, rows: Sequence[tuple[Trial, float | None]]) -> list[Fact]:
     states = [_state(one) for one, _ in rows]
     more = ", ".join(f"{states.count(state)} {state}" for state in _STATES[1:] if state in states)
-    bases = [path for path in (folder / BASES).glob("base-*") if path.is_dir()]
+    firsts = {bases(one.config)[0].name for one, _ in rows}
     best, value = rows[0]
     return [
-        (objective.replace("_", " "), f"{value:.4f}", "of the best trial"),
+        (_words(objective), f"{value:.4f}", "of the best trial"),
         ("trials done", f"{states.count('done')} of {len(rows)}", more),
-        ("shared runs", str(len(bases)), "first stages that trials went on from"),
+        ("first stages trained", str(len(firsts)), "from which trials went on"),
         ("rounds", str(len(best.values(objective))), "of the best trial"),
     ]
 
@@ -86,11 +87,14 @@ def _facts(objective: str, rows: Sequence[tuple[Trial, float | None]], folder: P
 def _response(config: RunConfig, objective: str, rows: Sequence[tuple[Trial, float | None]]) -> Section:
     """Maps over each two keys that have lists of values, and a plot over each key."""
     assert config.search
-    space = config.search.space
+    # A key with one value sets it, but there is nothing to see.
+    space = {
+        key: one for key, one in config.search.space.items() if not isinstance(one, ChoicesConfig) or one.values[1:]
+    }
     known = [pair for pair in rows if pair[1] is not None and pair[0].done and pair[0].point.keys() >= space.keys()]
     if not known:
         return Section(notes=["No trial of this space is done."])
-    values, words = np.array([value for _, value in known], float), objective.replace("_", " ")
+    values, words = np.array([value for _, value in known], float), _words(objective)
     titles = dict(zip(space, _short(list(space)), strict=True))
     at = {key: [_text(one.point[key]) for one, _ in known] for key in space}
     lists = {
@@ -102,14 +106,10 @@ def _response(config: RunConfig, objective: str, rows: Sequence[tuple[Trial, flo
         axes = {titles[across]: orders[across], titles[up]: orders[up]}
         pictures.append(plots.surface(f"surface-{place}", at[across], at[up], values, axes=axes, title=words))
     for place, (key, one) in enumerate(space.items()):
-        xs, log = (
-            at[key] if key in orders else [trial.point[key] for trial, _ in known],
-            isinstance(one, LogUniformConfig),
-        )
-        names = (titles[key], words)
-        pictures.append(plots.effect(f"effect-{place}", xs, values, order=orders.get(key), log=log, names=names))
-    notes = ["Maps and lines show means over the trials that share these values; points are trials."]
-    return Section(ABOUT[objective], notes if len(space) > 1 else [], pictures)
+        xs = at[key] if key in orders else [trial.point[key] for trial, _ in known]
+        order, log, names = orders.get(key), isinstance(one, LogUniformConfig), (titles[key], words)
+        pictures.append(plots.effect(f"effect-{place}", xs, values, order=order, log=log, names=names))
+    return Section(f"{ABOUT[objective]} {READING}", pictures=pictures)
 
 
 def _value(one: Trial, objective: str) -> float | None:
@@ -119,6 +119,10 @@ def _value(one: Trial, objective: str) -> float | None:
 
 def _state(one: Trial) -> str:
     return "failed" if one.error else "done" if one.done else "stopped early"
+
+
+def _words(objective: str) -> str:
+    return objective.replace("_", " ").replace("dice", "Dice")
 
 
 def _short(keys: Sequence[str]) -> list[str]:

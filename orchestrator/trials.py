@@ -118,7 +118,7 @@ def trial(common: RunConfig, point: Mapping[str, Any], /) -> Trial:
     """
     config = change(common, point)
     words = [f"{key.rpartition('.')[2]}-{json.dumps(value)}" for key, value in point.items()]
-    readable = re.sub(r"[^\w.]+", "-", "_".join(words).replace('"', ""))[:_NAME_LENGTH].strip("-._")
+    readable = "_".join(re.sub(r"[^\w.]+", "-", word).strip("-") for word in words)[:_NAME_LENGTH].strip("-._")
     name = f"{readable}-{derive(json.dumps(dict(point), sort_keys=True)):014x}"
     return Trial(dict(point), config.model_copy(update={"name": name, "storage": f"{common.storage}/{TRIALS}"}))
 
@@ -231,7 +231,8 @@ def bases_first(trials: list[Trial], /) -> list[Trial]:
 def known(common: RunConfig, /) -> list[Trial]:
     """All trials that were ever begun, the oldest first."""
     paths = sorted(Path(common.storage, TRIALS).glob(f"*/{_POINT}"), key=lambda path: path.stat().st_mtime_ns)
-    return [trial(common, json.loads(path.read_text(encoding="utf-8"))) for path in paths]
+    found = [(path.parent, trial(common, json.loads(path.read_text(encoding="utf-8")))) for path in paths]
+    return [one for folder, one in found if one.folder == folder]
 
 
 def folder_of(config: RunConfig, /) -> Path:

@@ -2,12 +2,15 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
-from processes import kill_once, wait_for
+from processes import wait_for
 
 from onelabel.configs.load import load
 from onelabel.orchestrator import trials
@@ -33,35 +36,54 @@ def folder(settings: list[str]) -> Path:
     return Path(config.storage) / config.name
 
 
-def started(settings: list[str]) -> "subprocess.Popen[bytes]":
+@contextmanager
+def started(settings: list[str]) -> Iterator["subprocess.Popen[bytes]"]:
+    """A search that is killed at the end, if it goes on, with all that it started."""
     command = [sys.executable, "-m", "onelabel.orchestrator", "search", *settings]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        yield process
+    finally:
+        family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        process.kill()
+        process.wait()
+        for survivor in psutil.wait_procs(family, timeout=10)[1]:
+            survivor.kill()  # Ray's agents outlive the node by minutes
 
 
 @pytest.fixture(scope="module")
 def output(settings: list[str], folder: Path) -> str:
     """What the last of two attempts printed. The first is killed, the second loses a worker; one trial is spoilt."""
-    first = started(settings)
-    kill_once(lambda: any(folder.glob("trials/*/round-01/done")), first)
-    spoilt = folder / "trials" / spoilt_trial(settings, folder).folder.name
+    with started(settings) as first:
+        wait_for(lambda: any(folder.glob("trials/*/round-01/done")), first)
+    spoilt = spoilt_trial(settings, folder)
     assert not spoilt.exists()
     spoilt.mkdir()
     (spoilt / "config.yaml").write_text("{seed: 99}")
-    second = started(settings)
-    scored = len(list(folder.glob("bases/*/round-00/done")))
-    family = wait_for(lambda: len(list(folder.glob("bases/*/round-00/done"))) > scored, second)
-    workers = [process for process in family if "ImplicitFunc" in " ".join(process.cmdline())]
-    assert workers
-    for worker in workers:
-        worker.kill()
-    printed, _ = second.communicate(timeout=1800)
+    bases = len(list(folder.glob("bases/*/round-00/done")))
+    with started(settings) as second:
+        family = wait_for(lambda: len(list(folder.glob("bases/*/round-00/done"))) > bases, second)
+        assert [worker for worker in family if lost(worker)]
+        printed, _ = second.communicate(timeout=1800)
     assert second.returncode == 1, printed.decode()[-3000:]  # one trial is spoilt
     return printed.decode()
 
 
-def spoilt_trial(settings: list[str], folder: Path) -> trials.Trial:
+def lost(process: psutil.Process) -> bool:
+    """Kill a process that leads a trial; whether it was one."""
+    try:
+        if "ImplicitFunc" not in " ".join(process.cmdline()):
+            return False
+        process.kill()
+    except psutil.NoSuchProcess:
+        return False
+    return True
+
+
+def spoilt_trial(settings: list[str], folder: Path) -> Path:
+    """The folder of the trial that comes last."""
     common = load(settings).model_copy(update={"storage": str(folder), "search": None})
-    return trials.trial(common, {K: 3, BINS: [6, 8]})
+    return trials.trial(common, {K: 3, BINS: [6, 8]}).folder
 
 
 def test_every_trial_is_a_row(output: str, folder: Path) -> None:

@@ -51,7 +51,7 @@ def test_a_table_has_no_column_of_errors_where_there_are_none(config: RunConfig)
     table = surface.table(tried(config, 2), "expected_dice")
     assert list(table.columns) == ["select k", "learner learning_rate", "bins foreground", *table.columns[3:]]
     assert "error" not in table.columns
-    assert [row[list(table.columns).index("expected dice")] for row in table.rows] == [0.9, 0.89]
+    assert [row[list(table.columns).index("expected Dice")] for row in table.rows] == [0.9, 0.89]
 
 
 def test_a_map_holds_means_and_names_the_highest() -> None:
