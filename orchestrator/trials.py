@@ -24,6 +24,7 @@ from onelabel.configs.selection import TopKConfig
 from onelabel.errors import ConfigError, OnelabelError, sentence
 from onelabel.imaging.random import derive
 from onelabel.orchestrator import driver
+from onelabel.orchestrator.page import NAME
 from onelabel.orchestrator.rounds import MARKER, plan
 
 Point = dict[str, Any]  # by searched key, its value
@@ -90,7 +91,7 @@ class Trial:
         """
         self.keep()
         (self.folder / _ERROR).unlink(missing_ok=True)
-        if self.done:
+        if _settled(self.config):
             for now in plan(self.config, self.folder):
                 on_round(now.metrics())
             return
@@ -245,10 +246,15 @@ def done(config: RunConfig, /) -> bool:
     return all(now.done for now in plan(config, folder_of(config)))
 
 
+def _settled(config: RunConfig) -> bool:
+    """Whether a run is done and came to its report, which is the last thing that it writes."""
+    return done(config) and (folder_of(config) / NAME).is_file()
+
+
 def _go(config: RunConfig, before: RunConfig | None, on_round: Callable[[dict[str, Any]], None] | None = None) -> None:
     """Do what is left of a run, after what an earlier run has done for it; one process at a time."""
     with _locked(folder_of(config)):
-        if not done(config) or on_round:
+        if not _settled(config) or on_round:
             if before:
                 _go_on_from(before, config)
             driver.run(config, on_round)

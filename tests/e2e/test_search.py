@@ -46,9 +46,9 @@ def started(settings: list[str]) -> Iterator["subprocess.Popen[bytes]"]:
     finally:
         family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
         process.kill()
-        process.wait()
         for survivor in psutil.wait_procs(family, timeout=10)[1]:
             survivor.kill()  # Ray's agents outlive the node by minutes
+        process.communicate()
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +116,7 @@ def test_trials_are_nested_runs(output: str, folder: Path) -> None:
         ("[3]", "FINISHED"),
     }
     assert all("unlabelled_expected_dice_mean" in run.data.metrics for run in tried)
+    assert {run.info.status for run in nested} == {"FINISHED"}
     assert parent.data.metrics["expected_dice"] == max(
         run.data.metrics["unlabelled_expected_dice_mean"] for run in tried
     )

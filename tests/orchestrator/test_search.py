@@ -32,6 +32,7 @@ def finish(one: Trial, value: float) -> None:
     for now in plan(one.config, one.folder):
         now.folder.mkdir(parents=True)
         now.commit({"unlabelled": {"expected_dice_mean": value}})
+    (one.folder / "report.html").touch()
 
 
 def tried(config: RunConfig, common: RunConfig) -> list[Trial]:
