@@ -8,7 +8,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
 import yaml
 from processes import wait_for
 
@@ -122,15 +121,10 @@ def test_trials_are_nested_runs(output: str, folder: Path) -> None:
     )
 
 
-def test_the_best_settings_run_by_themselves_to_the_same_network(output: str, folder: Path) -> None:
+def test_the_best_settings_are_those_of_the_best_trial(output: str, folder: Path) -> None:
     config = load([str(folder / "best.yaml")])
     assert config.search is None and config.tracking.parent is None
-    command = [sys.executable, "-m", "onelabel.orchestrator", "run", str(folder / "best.yaml")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
-    assert done.returncode == 1, done.stderr[-3000:]  # one scan is broken
-    twin = next(line.split(": ", 1)[1] for line in output.splitlines() if line.startswith("best run: "))
-    ours, theirs = (
-        torch.load(run / "round-01/checkpoint/weights.pt", weights_only=True)
-        for run in (Path(config.storage) / config.name, Path(twin))
-    )
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    best = next(line.split(": ", 1)[1] for line in output.splitlines() if line.startswith("best run: "))
+    tried = load([str(Path(best) / "config.yaml")])
+    own = {"name": tried.name, "storage": tried.storage, "tracking": tried.tracking}
+    assert config.model_copy(update=own) == tried

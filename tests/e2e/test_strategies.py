@@ -3,8 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +10,7 @@ import nibabel as nib
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from processes import assert_same_run, kill_once
+from processes import assert_same_run
 
 from onelabel.configs.load import load
 from onelabel.orchestrator import driver
@@ -24,7 +22,7 @@ GROUPS = ("labelled", "unlabelled", "test")
 SETTINGS = ("stages.*.steps=10", "stages.0.steps=30")
 STRUCTURES = ("data.classes=[background, rind, core]", *(f"data.{name}.label_column=structures" for name in GROUPS))
 CASES = {
-    "singlestrip": (*STRUCTURES, "stages.1.rounds=1", "stages.*.ranker={type: autoencoder}"),
+    "singlestrip": (*STRUCTURES, "stages.1.rounds=1"),
     "reciprocal": (),
     "curriculum": (*STRUCTURES, "stages.1.rounds=1"),
     "mlbseg": (),
@@ -110,13 +108,3 @@ def test_its_network_is_put_to_use(undisturbed: Run, heads: Path, preset: str, t
     for row in pq.read_table(last / "test.parquet").to_pylist():
         measured = [each["dice"] for each in rows if each["key"] == row["key"]]
         assert np.mean(measured) == pytest.approx(row["dice"])
-
-
-def test_a_teacher_of_its_own_survives_a_kill(undisturbed: Run, heads: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "onelabel.orchestrator", "run", *items("reciprocal", heads, tmp_path)]
-    command.append("compute.checkpoint_every_s=0")
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    kill_once(lambda: any(tmp_path.glob("reciprocal/round-01/training/checkpoint_*")), process)
-    last = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1200)
-    assert last.returncode == 1, last.stderr[-3000:]  # one scan is broken
-    assert_same_run(tmp_path / "reciprocal", undisturbed("reciprocal"))
