@@ -39,15 +39,15 @@ def folder(settings: list[str]) -> Path:
 def started(settings: list[str]) -> Iterator["subprocess.Popen[bytes]"]:
     """A search that is killed at the end, if it goes on, with all that it started."""
     command = [sys.executable, "-m", "onelabel.orchestrator", "search", *settings]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    try:
-        yield process
-    finally:
-        family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-        process.kill()
-        for survivor in psutil.wait_procs(family, timeout=10)[1]:
-            survivor.kill()  # Ray's agents outlive the node by minutes
-        process.communicate()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        try:
+            yield process
+        finally:
+            family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+            process.kill()
+            process.wait()
+            for survivor in psutil.wait_procs(family, timeout=10)[1]:
+                survivor.kill()  # Ray's agents outlive the node by minutes
 
 
 @pytest.fixture(scope="module")
