@@ -2,8 +2,10 @@
 
 import logging
 import math
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import ray
@@ -37,7 +39,9 @@ class Demand:
 
 
 def of_stage(compute: ComputeConfig, /, *, actor_bytes: float = 0, store_bytes: float = 0) -> list[Demand]:
-    """What training and scoring take, which follow each other.
+    """What training and scoring take at least, which follow each other.
+
+    An elastic train worker and its synthesis actors share a node, others may be anywhere.
 
     Parameters
     ----------
@@ -47,11 +51,17 @@ def of_stage(compute: ComputeConfig, /, *, actor_bytes: float = 0, store_bytes: 
     worker = {"CPU": compute.cpus_per_worker, "GPU": compute.gpus_per_worker, "object_store_memory": store_bytes}
     synthesis = {"CPU": compute.synth_cpus, "GPU": compute.synth_gpus, "memory": actor_bytes}
     scorer = {"CPU": 1.0, "GPU": compute.score_gpus}
+    workers, actors = compute.min_train_workers or compute.train_workers, compute.synth_actors
+    if compute.min_train_workers:
+        training: tuple[Bundle, ...] = (together(worker, *(synthesis,) * actors),) * workers
+    else:
+        training = (worker,) * workers + (synthesis,) * (actors * workers)
     return [
         Demand(
             "training",
-            (worker,) * compute.train_workers + (synthesis,) * (compute.synth_actors * compute.train_workers),
-            "compute.train_workers, compute.cpus_per_worker, compute.gpus_per_worker, compute.synth_actors,"
+            training,
+            f"compute.{'min_' if compute.min_train_workers else ''}train_workers, compute.cpus_per_worker,"
+            " compute.gpus_per_worker, compute.synth_actors,"
             " compute.ahead or grid.size",
         ),
         Demand("scoring", (scorer,) * compute.score_actors, "compute.score_actors or compute.score_gpus"),
@@ -76,7 +86,8 @@ def check(demands: Sequence[Demand], /, *, wait_s: float) -> None:
         while unmet := [demand for demand in demands if not fits(demand.bundles, _nodes())]:
             now = time.monotonic()
             if now - begin >= wait_s:
-                raise ClusterError(f"{_sentence(unmet[0], _nodes())}; lower {unmet[0].change}, or add nodes")
+                more = "" if wait_s else ", or set compute.wait_s where an autoscaler adds them"
+                raise ClusterError(f"{_sentence(unmet[0], _nodes())}; lower {unmet[0].change}, or add nodes{more}")
             if not asked:
                 request_resources(bundles=[dict(bundle) for bundle in unmet[0].bundles])
             if not asked or now - told >= _TELL_S:
@@ -87,6 +98,32 @@ def check(demands: Sequence[Demand], /, *, wait_s: float) -> None:
     finally:
         if asked:
             request_resources(bundles=[])
+
+
+@contextmanager
+def watch(demands: Sequence[Demand], /, *, every_s: float = _TELL_S) -> Iterator[None]:
+    """Say what is missing, again and again, while nodes that were lost after `check` are waited for."""
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.wait(every_s):
+            nodes = _nodes()
+            for demand in [each for each in demands if not fits(each.bundles, nodes)][:1]:
+                log.warning("%s; waiting for nodes to come back", _sentence(demand, nodes))
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def together(*bundles: Bundle) -> Bundle:
+    """One bundle that holds all of these."""
+    names = dict.fromkeys(name for bundle in bundles for name in bundle)
+    return {name: math.fsum(bundle.get(name, 0) for bundle in bundles) for name in names}
 
 
 def fits(bundles: Sequence[Bundle], nodes: Sequence[Bundle], /) -> bool:

@@ -1,8 +1,8 @@
 """Settings of machines and of the log."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from onelabel.configs.augmentation import Base
 
@@ -12,6 +12,12 @@ class ComputeConfig(Base):
 
     address: str | None = Field(None, description="a Ray cluster to join; null: the one around, else a local one")
     train_workers: int = Field(1, ge=1, description="data-parallel train workers")
+    min_train_workers: int | None = Field(
+        None, ge=1, description="train workers that suffice while nodes are lost or yet to come; null: all of them"
+    )
+    max_failures: int = Field(
+        3, ge=0, description="how often a fit goes on after it lost a train worker; preempted nodes do not count"
+    )
     gpus_per_worker: float = Field(0, ge=0, description="GPUs a train worker; 0: CPU")
     cpus_per_worker: float = Field(1, gt=0, description="CPUs a train worker")
     threads: int | None = Field(None, ge=1, description="threads a train worker; null: as many as its CPUs")
@@ -25,7 +31,17 @@ class ComputeConfig(Base):
     compile: bool = Field(False, description="torch.compile the network; takes a minute, and a C++ compiler on a CPU")
     channels_last: bool = Field(False, description="channels-last memory format in training")
     checkpoint_every_s: float = Field(120, ge=0, description="seconds between checkpoints in training")
-    wait_s: float = Field(60, ge=0, description="how long to wait for resources that an autoscaler may still add")
+    wait_s: float = Field(
+        0, ge=0, description="how long, before anything is done, nodes may be added to a cluster that is too small"
+    )
+
+    @model_validator(mode="after")
+    def _elastic(self) -> Self:
+        if (self.min_train_workers or 1) > self.train_workers:
+            raise ValueError(f"min_train_workers {self.min_train_workers} must be at most train_workers")
+        if self.min_train_workers and self.synth_gpus:
+            raise ValueError("min_train_workers needs synth_gpus 0: elastic workers paint on the CPUs of their node")
+        return self
 
 
 class TrackingConfig(Base):

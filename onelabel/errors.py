@@ -4,7 +4,8 @@ OnelabelError
 ├── ConfigError      the configuration: an unknown key, a value out of its range, stages that contradict each other
 ├── DataError        a file or a cohort: not an image, wrong dimensions, label and image on different grids
 ├── CheckpointError  a checkpoint that is missing, incomplete or was made for another network
-└── ClusterError     machines: storage not writable, a demand that the cluster can never meet
+└── ClusterError     machines: a node that is lost, a demand that the cluster can never meet
+    └── StorageError storage that cannot be written to: no scan's fault
 
 Every message is one sentence that names the value, the rule it breaks, and what to do.
 """
@@ -30,8 +31,18 @@ class ClusterError(OnelabelError):
     """The machines or their storage cannot do what was asked."""
 
 
+class StorageError(ClusterError):
+    """Results cannot be written."""
+
+
 SCAN_FAULTS = (OnelabelError, OSError, ValueError, RuntimeError, MemoryError)
 """What one bad scan may raise without stopping the others."""
+
+
+def last_line(error: BaseException, /) -> str:
+    """What an error of many lines comes to; its class if it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
 
 
 def sentence(error: BaseException, /) -> str:

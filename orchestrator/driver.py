@@ -2,17 +2,19 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import ray
 from ray.util.queue import Queue
 
 from onelabel.cluster import resources, runtime
 from onelabel.configs.schema import RunConfig
-from onelabel.errors import SCAN_FAULTS, sentence
+from onelabel.errors import SCAN_FAULTS, ClusterError, StorageError, last_line, sentence
 from onelabel.orchestrator import page
 from onelabel.orchestrator.console import stage
 from onelabel.orchestrator.rounds import Round, plan
@@ -56,7 +58,8 @@ def run(config: RunConfig, /, on_round: Callable[[dict[str, Any]], None] | None 
 
     Raises
     ------
-    OnelabelError : before any training, when the config, the data or the cluster cannot do it.
+    OnelabelError : before any training, when the config, the data or the cluster cannot do it; later, when the
+        cluster or its storage fails.
     """
     cohorts, folder = open_cohorts(config), open_folder(config)
     rounds = plan(config, folder)
@@ -69,17 +72,33 @@ def run(config: RunConfig, /, on_round: Callable[[dict[str, Any]], None] | None 
             runtime.check_shared(folder)
         work = Work(config, cohorts, folder, tracker, Queue(actor_options={"num_cpus": 0}))
         selection = None
-        for now in rounds:
-            if not now.done:
-                _run_round(work, now, rounds[: now.index], selection)
-            selection = now.table("selection") if now.stage.ranker else selection
-            if on_round:
-                on_round(now.metrics())
+        with resources.watch(demands), _mendable(folder):
+            for now in rounds:
+                if not now.done:
+                    _run_round(work, now, rounds[: now.index], selection)
+                selection = now.table("selection") if now.stage.ranker else selection
+                if on_round:
+                    on_round(now.metrics())
         command = tracker.command()
     if news or not (folder / page.NAME).is_file():
         _report(folder)
     recorded = [now.metrics() for now in rounds]
     return Outcome(folder, recorded[-1]["failures"], recorded, command)
+
+
+@contextmanager
+def _mendable(folder: Path) -> Iterator[None]:
+    """What is nobody's mistake becomes a sentence."""
+    try:
+        yield
+    except ray.exceptions.RayTaskError:
+        raise
+    except ray.exceptions.RayError as error:
+        raise ClusterError(f"the cluster failed ({last_line(error)}); the same command goes on from here") from error
+    except OSError as error:
+        raise StorageError(
+            f"storage '{folder}' failed ({sentence(error)}); mend it, and the same command goes on from here"
+        ) from error
 
 
 def _report(folder: Path) -> None:

@@ -31,6 +31,7 @@ TILE_DPI = 110  # of a tile by itself, of which a page holds many
 MARGIN_MM = 25  # shown around the mask: enough to see the skull
 GAP_MM = 4  # between the views of a tile
 KEY_LENGTH = 24  # characters
+SHOWN = 4  # of the best scans, and of the worst
 
 
 Words = tuple[str, str, int, str]  # text, colour, size in points, weight
@@ -91,7 +92,7 @@ def contact_sheet(
     _draw(shown, out, title=title, columns=columns, headings=headings or {})
 
 
-def best_and_worst(rows: Sequence[Row], out: Path, /, *, k: int = 4, title: str) -> None:
+def best_and_worst(rows: Sequence[Row], out: Path, /, *, k: int = SHOWN, title: str) -> None:
     """Draw the scans with the highest scores above those with the lowest; each from its extreme inwards.
 
     Scans without a mask or a score are left out, and none is shown twice.

@@ -18,27 +18,39 @@ def select(scores: pa.Table, config: SelectConfig, number: int = 0, /) -> pa.Tab
         alike
     number : of the round in its stage, from 0
     """
+    most = config.most(len(scores), number)
     usable = pc.and_(pc.is_null(scores["error"]), pc.greater(pc.fill_null(scores["volume_mm3"], 0), 0))
     scored = pc.is_finite(pc.fill_null(scores["score"], float("nan")))
-    kept = scores.filter(pc.and_(usable, scored)).sort_by([("score", "descending"), ("key", "ascending")])
+    places = best_first(scores, pc.and_(usable, scored))
     if isinstance(config, ThresholdConfig):
-        enough = pc.greater_equal(pc.fill_null(kept["expected_dice"], 0), config.expected_dice)
-        kept = kept.filter(enough) if pc.any(enough).as_py() else kept.slice(0, 1)
+        enough = pc.greater_equal(pc.fill_null(scores["expected_dice"].take(places), 0), config.expected_dice)
+        places = places.filter(enough) if pc.any(enough).as_py() else places.slice(0, 1)
     if config.alike < 1:
-        kept = kept.take(_unlike(kept, config.alike))
-    kept = kept.slice(0, config.most(len(scores), number))
+        places = places.take(pa.array(_unlike(scores["thumbnail"].take(places), config.alike, most), pa.int64()))
+    kept = scores.take(places.slice(0, most))
     return kept.append_column("weight", pa.array(_weights(kept["score"].to_numpy(), config.weight), pa.float64()))
 
 
-def _unlike(scores: pa.Table, alike: float) -> list[int]:
-    """Places of the rows whose image resembles none that stands before it."""
-    images = np.stack([np.frombuffer(image, np.uint8) for image in scores["thumbnail"].to_pylist()]).astype(np.float64)
-    images -= images.mean(1, keepdims=True)
-    images /= np.linalg.norm(images, axis=1, keepdims=True).clip(min=1e-9)
+def best_first(scores: pa.Table, wanted: pa.ChunkedArray, /) -> pa.Array:
+    """Places of the wanted rows; of many rows nothing but score and key is moved."""
+    places = pa.array(np.arange(len(scores)))
+    narrow = scores.select(["score", "key"]).append_column("place", places).filter(wanted)
+    return narrow.sort_by([("score", "descending"), ("key", "ascending")])["place"].combine_chunks()
+
+
+def _unlike(thumbnails: pa.ChunkedArray, alike: float, most: int) -> list[int]:
+    """The first places, up to so many, of images that resemble none that stands before them."""
     taken: list[int] = []
-    for place, image in enumerate(images):
-        if not taken or (images[taken] @ image).max() < alike:
+    images: list[np.ndarray] = []
+    for place, thumbnail in enumerate(thumbnails):
+        image = np.frombuffer(thumbnail.as_py(), np.uint8).astype(np.float64)
+        image -= image.mean()
+        image /= max(float(np.linalg.norm(image)), 1e-9)
+        if not taken or (np.stack(images) @ image).max() < alike:
             taken.append(place)
+            images.append(image)
+            if len(taken) == most:
+                break
     return taken
 
 

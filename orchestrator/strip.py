@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 FEW = 8  # scans for which a cluster is not worth its start
 WORKER_BYTES = 2**30
+_WAIT_S = 60  # for nodes that an autoscaler adds
 
 Values = Sequence[str] | None
 
@@ -82,6 +83,6 @@ def _spread(
     with runtime.connect(compute) as shared:
         asked = min(workers or 1, len(jobs))
         demand = resources.Demand("stripping", (bundle,) * asked, "--workers or --threads, or change --device")
-        resources.check([demand], wait_s=compute.wait_s if shared else 0)
+        resources.check([demand], wait_s=_WAIT_S if shared else 0)
         count = asked if workers else min(resources.capacity(bundle), len(jobs))
         yield from over_ray(jobs, checkpoint, settings, out, workers=count, memory=WORKER_BYTES)

@@ -4,7 +4,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from scipy.stats import spearmanr
+
+from onelabel.orchestrator.select import best_first
 
 
 def summarise(tables: dict[str, pa.Table], /) -> dict[str, Any]:
@@ -57,4 +60,11 @@ def _describe(table: pa.Table) -> dict[str, float]:
 
 
 def _numbers(table: pa.Table, name: str) -> np.ndarray:
-    return np.array([np.nan if value is None else float(value) for value in table[name].to_pylist()])
+    return np.asarray(pc.fill_null(table[name].cast(pa.float64()), np.nan).to_numpy(), np.float64)
+
+
+def extremes(scores: pa.Table, k: int, /) -> pa.Table:
+    """The rows with a mask that have the k highest scores, and the k lowest."""
+    shown = pc.and_(pc.is_valid(scores["mask"]), pc.is_finite(pc.fill_null(scores["score"], np.nan)))
+    order = best_first(scores, shown)
+    return scores.take(order if len(order) <= 2 * k else pa.concat_arrays([order[:k], order[-k:]]))

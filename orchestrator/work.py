@@ -29,6 +29,7 @@ from onelabel.orchestrator import report
 from onelabel.orchestrator.console import bar
 from onelabel.orchestrator.rounds import Round, pseudo_labels
 from onelabel.orchestrator.setup import Cohorts
+from onelabel.orchestrator.summary import extremes
 from onelabel.orchestrator.tracking import RoundTracker, Tracker
 from onelabel.tasks import score as scoring
 from onelabel.tasks import streams
@@ -119,7 +120,8 @@ class Work:
             track.artifact(now.write_table(name, table))
         if "scores" in tables:
             picture = now.folder / "best-and-worst.png"
-            report.best_and_worst(tables["scores"].to_pylist(), picture, title=now.name)
+            shown = extremes(tables["scores"], report.SHOWN)
+            report.best_and_worst(shown.to_pylist(), picture, title=now.name)
             track.artifact(picture)
         track.artifact(now.checkpoint)
         groups = {name: part for name, part in metrics.items() if isinstance(part, dict)}

@@ -7,11 +7,12 @@ from typing import Any
 import cc3d
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 import torch
 
 from onelabel.configs.schema import ComputeConfig, RankerConfig
-from onelabel.errors import SCAN_FAULTS, DataError, sentence
+from onelabel.errors import DataError
 from onelabel.imaging import damage, metrics, random, synthesis, volume
 from onelabel.imaging.labels import LEVELS
 from onelabel.imaging.prepare import image_on_grid
@@ -75,9 +76,11 @@ def rank(cohort: Cohort, task: RankTask, /, *, compute: ComputeConfig) -> pa.Tab
     -------
     One row a mask as in `SCHEMA`, without `dice`; those that failed, or are empty, come last.
     """
-    rows = [{"key": row["key"], "image": row["image"], "label": row["label"], "probe": -1} for row in cohort.rows()]
-    rows += [{"key": "", "image": "", "label": "", "probe": number} for number in range(task.probes.config.images)]
-    table, probed = over(rows, Judge, task, compute=compute, schema=SCHEMA)
+    mask, image = cohort.table["label"], cohort.table["image"]
+    scans = pa.table(
+        {"key": cohort.table["key"], "mask": mask, "image": pc.if_else(pc.equal(image, mask), pa.scalar(None), image)}
+    )
+    table, probed = over(scans, task.probes.config.images, Judge, task, compute=compute, schema=SCHEMA)
     table = ranked(table, task)
     if task.probes.config.images:
         expectation = expectation_of(probed, task.ranker)
@@ -101,7 +104,7 @@ def _with_outliers(rows: list[dict[str, Any]]) -> list[str | None]:
 
 
 class Judge:
-    """Judges one mask a call; lives in an actor that loads the networks once."""
+    """Judges one mask a call; loads the networks once."""
 
     def __init__(self, task: RankTask, device: str, compute: ComputeConfig) -> None:
         torch.set_num_threads(1)
@@ -111,17 +114,9 @@ class Judge:
         bf16 = use_bf16(compute.precision, self.device)
         self.rankers = rankers.load(task.ranker, task.fitted, device=self.device, bf16=bf16)
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
-        """Judge a batch of one row."""
-        key, image, mask = (str(batch[name][0]) for name in ("key", "image", "label"))
-        probe = int(batch["probe"][0])
-        row: dict[str, Any] = dict.fromkeys([*SCHEMA.names, *self.task.columns])
-        row |= {"key": key, "mask": mask, "image": image if image != mask else None, "probe": probe}
-        try:
-            row |= self._judge(row["image"], mask) if probe < 0 else self._probe(probe)
-        except SCAN_FAULTS as error:
-            row["error"] = sentence(error)
-        return {name: [value] for name, value in row.items()}
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Score of a mask, and of its image if there is one, or of a probe."""
+        return self._judge(row["image"], row["mask"]) if row["probe"] < 0 else self._probe(row["probe"])
 
     def _judge(self, image: str | None, path: str) -> dict[str, Any]:
         mask = volume.load(path, labels=True)

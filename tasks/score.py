@@ -1,8 +1,9 @@
 """Predict and rank a cohort by Ray Data. A scan that fails is a row with an error."""
 
 import logging
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,12 @@ from onelabel.configs.schema import (
     single_rankers,
 )
 from onelabel.configs.streams import PseudoLabelConfig
-from onelabel.errors import SCAN_FAULTS, sentence
+from onelabel.errors import SCAN_FAULTS, ClusterError, StorageError, last_line, sentence
 from onelabel.imaging import metrics, outputs, random, synthesis, volume
 from onelabel.imaging.classes import load_target
 from onelabel.imaging.labels import read_probability
 from onelabel.imaging.random import derive
+from onelabel.imaging.volume import Volume
 from onelabel.models import rankers
 from onelabel.models.predictor import Prediction, Predictor, clean, likeliest
 from onelabel.models.pseudo import PseudoLabeller
@@ -65,6 +67,7 @@ SCHEMA = pa.schema(
 
 
 EXPECTED = ("expected_dice", "expected_low", "expected_high")
+_TASK_SCANS = 64  # at most: what an actor that dies costs
 
 
 @dataclass(frozen=True)
@@ -130,8 +133,14 @@ def columns_of(ranker: RankerConfig | None, /) -> list[str]:
     ]
 
 
-def score(cohort: Cohort, task: ScoreTask, /, *, compute: ComputeConfig) -> tuple[pa.Table, Expectation | None]:
+def score(
+    cohort: Cohort, task: ScoreTask, /, *, compute: ComputeConfig, worker: type | None = None
+) -> tuple[pa.Table, Expectation | None]:
     """Segment all scans, write their masks in native space, and rank them.
+
+    Parameters
+    ----------
+    worker : what makes a row of a scan; `Scorer` by default
 
     Returns
     -------
@@ -140,12 +149,9 @@ def score(cohort: Cohort, task: ScoreTask, /, *, compute: ComputeConfig) -> tupl
     from the probes, what the scores speak for.
     """
     task.out.mkdir(parents=True, exist_ok=True)
-    rows = [
-        {"key": row["key"], "image": row["image"], "label": row["label"] or "", "probe": -1} for row in cohort.rows()
-    ]
     probes = task.probes.config.images if task.probes and task.columns else 0
-    rows += [{"key": "", "image": "", "label": "", "probe": number} for number in range(probes)]
-    table, probed = over(rows, Scorer, task, compute=compute, schema=task.schema)
+    scans = cohort.table.select(["key", "image", "label"])
+    table, probed = over(scans, probes, worker or Scorer, task, compute=compute, schema=task.schema)
     hard = len(table.filter(pc.and_(pc.is_valid(table["mask"]), pc.is_null(table["probability"]))))
     if task.pseudo and hard:
         log.warning("the probabilities of %d of %d scans hold no structure: their masks stay labels", hard, len(table))
@@ -157,36 +163,89 @@ def score(cohort: Cohort, task: ScoreTask, /, *, compute: ComputeConfig) -> tupl
 
 
 def over(
-    rows: Sequence[Mapping[str, Any]], worker: type, task: Any, /, *, compute: ComputeConfig, schema: pa.Schema
+    scans: pa.Table, probes: int, worker: type, task: Any, /, *, compute: ComputeConfig, schema: pa.Schema
 ) -> tuple[pa.Table, pa.Table]:
-    """Call workers, made of task, device and compute, with each row; those of scans by key, and those of probes.
+    """Call workers with each scan, and with each number of a probe.
 
     Parameters
     ----------
-    rows : with the number of a `probe`, or -1 for a scan
-    schema : of what the workers return, beside a score for each of the task's `columns`
+    scans : a row each, with a `key`
+    worker : made of task, device and compute; called with a row, whose `probe` is -1 for a scan, it returns values by
+        column, or raises one of `SCAN_FAULTS`, and StorageError where no scan can have a result
+    schema : of what comes back, beside a score for each of the task's `columns`; what it shares with `scans` is kept
+
+    Returns
+    -------
+    The rows of scans, by key, and those of probes, by number.
+
+    Raises
+    ------
+    ClusterError : the cluster or its storage fails.
     """
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # it warns that its progress bars are off
     ray.data.DataContext.get_current().enable_progress_bars = False
+    numbers = [pa.repeat(pa.scalar(-1, pa.int64()), len(scans)), pa.array(range(probes), pa.int64())]
+    rows = pa.concat_tables(
+        [scans.append_column("probe", numbers[0]), pa.table({"probe": numbers[1]})], promote_options="default"
+    )
     actors = min(compute.score_actors, len(rows))
-    dataset = ray.data.from_items(list(rows), override_num_blocks=min(len(rows), 4 * actors)).map_batches(
-        worker,
-        batch_size=1,
+    size = min(_TASK_SCANS, math.ceil(len(rows) / (4 * actors)))
+    scores = [pa.field(name, pa.float64()) for name in task.columns if name not in schema.names]
+    whole = pa.schema([*schema, *scores, ("probe", pa.int64()), ("unwritten", pa.string())])
+    dataset = ray.data.from_arrow([rows.slice(begin, size) for begin in range(0, len(rows), size)]).map_batches(
+        _Rows,
+        batch_size=None,
+        batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=actors),
         num_cpus=1,
         num_gpus=compute.score_gpus or None,
+        fn_constructor_args=(worker, whole),
         fn_constructor_kwargs={"task": task, "device": "cuda" if compute.score_gpus else "cpu", "compute": compute},
     )
-    scores = [pa.field(name, pa.float64()) for name in task.columns if name not in schema.names]
-    found = sorted(dataset.take_all(), key=lambda row: (row["key"], row["probe"]))
-    table, probed = (
-        pa.Table.from_pylist([row for row in found if (row["probe"] < 0) == scan], pa.schema([*schema, *scores]))
-        for scan in (True, False)
-    )
-    failed = [error for error in table["error"].to_pylist() if error]
-    if failed:
+    found = _gathered(dataset, whole)
+    scan = pc.less(found["probe"], 0)
+    table = found.filter(scan).sort_by("key").drop_columns("probe")
+    probed = found.filter(pc.invert(scan)).sort_by("probe").drop_columns("probe")
+    failed = table["error"].drop_null()
+    if len(failed):
         log.warning("%d of %d scans failed, for example: %s", len(failed), len(table), failed[0])
     return table, probed
+
+
+def _gathered(dataset: ray.data.Dataset, schema: pa.Schema) -> pa.Table:
+    """All rows, unless results cannot be written any more."""
+    batches = [schema.empty_table()]
+    try:
+        batch: pa.Table
+        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+            batches.append(batch)
+            if len(unwritten := batch["unwritten"].drop_null()):
+                raise StorageError(f"{unwritten[0]}; make room or mend it, and the same command goes on from here")
+    except ray.exceptions.RayTaskError:  # a mistake of ours
+        raise
+    except ray.exceptions.RayError as error:
+        raise ClusterError(f"scoring failed ({last_line(error)}): the same command goes on from here") from error
+    return pa.concat_tables(batches).drop_columns("unwritten")
+
+
+class _Rows:
+    """A worker's values as a table; lives in an actor."""
+
+    def __init__(self, worker: type, schema: pa.Schema, **given: Any) -> None:
+        self.worker, self.schema = worker(**given), schema
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Rows for rows."""
+        return pa.Table.from_pylist([row | self._made(row) for row in batch.to_pylist()], self.schema)
+
+    def _made(self, row: dict[str, Any]) -> dict[str, Any]:
+        try:
+            made: dict[str, Any] = self.worker(row)
+        except StorageError as error:
+            return {"unwritten": sentence(error)}
+        except SCAN_FAULTS as error:
+            return {"error": sentence(error)}
+        return made
 
 
 def expectation_of(probed: pa.Table, ranker: RankerConfig | None, /) -> Expectation:
@@ -222,7 +281,7 @@ def ranked(table: pa.Table, task: Any, /) -> pa.Table:
 
 
 class Scorer:
-    """Predicts and ranks, one scan a call; lives in an actor that loads the networks once."""
+    """Predicts and ranks, one scan a call; loads the networks once."""
 
     def __init__(self, task: ScoreTask, device: str, compute: ComputeConfig) -> None:
         torch.set_num_threads(1)
@@ -231,25 +290,17 @@ class Scorer:
         self.rankers = rankers.load(task.ranker, task.fitted, device=self.predictor.device, bf16=self.predictor.bf16)
         self.labeller = self._labeller(task.pseudo, device, compute) if task.pseudo else None
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
-        """Score a batch of one row."""
-        key, image, label = (str(batch[name][0]) for name in ("key", "image", "label"))
-        probe = int(batch["probe"][0])
-        row: dict[str, Any] = dict.fromkeys([*self.task.schema.names, *self.task.columns])
-        row |= {"key": key, "image": image, "probe": probe}
-        try:
-            row |= self._score(key, image, label) if probe < 0 else self._probe(probe)
-        except SCAN_FAULTS as error:
-            row["error"] = sentence(error)
-        return {name: [value] for name, value in row.items()}
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Mask, score and measures of a scan (key, image, label), or score and Dice of a probe."""
+        return self._score(row["key"], row["image"], row["label"]) if row["probe"] < 0 else self._probe(row["probe"])
 
-    def _score(self, key: str, image: str, label: str) -> dict[str, Any]:
+    def _score(self, key: str, image: str, label: str | None) -> dict[str, Any]:
         scan = volume.load(image)
         begin = time.process_time()
         prediction = self.predictor(scan)
         row: dict[str, Any] = {"predict_cpu_s": time.process_time() - begin}
         path = self.task.out / f"{key}.nii.gz"
-        outputs.save(prediction.mask, path, like=image)
+        _save(prediction.mask, path, like=image)
         row |= {
             "mask": str(path),
             "probability": self._pseudo(key, image, prediction),
@@ -286,7 +337,7 @@ class Scorer:
         structure = read_probability(shares) > 0
         if structure.all() or not structure.any():
             return None
-        outputs.save(found, path, like=image)
+        _save(found, path, like=image)
         return str(path)
 
     def _rank(self, image: torch.Tensor, probability: torch.Tensor) -> dict[str, float]:
@@ -311,6 +362,14 @@ class Scorer:
         probability = self.predictor.probability(seen)
         mask = clean(likeliest(probability)[0].to(torch.uint8).cpu().numpy(), self.predictor.classes)
         return {"dice": metrics.mean_dice(mask, truth)} | self._rank(seen, probability)
+
+
+def _save(found: Volume, path: Path, /, *, like: str) -> None:
+    """Write a mask or a probability; that it fails is not the scan's fault."""
+    try:
+        outputs.save(found, path, like=like)
+    except OSError as error:
+        raise StorageError(f"'{path}' cannot be written ({error.strerror or error})") from error
 
 
 def _thumbnail(image: torch.Tensor) -> bytes:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import ray
 import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from onelabel.configs.augmentation import BinsConfig, DeformConfig, SynthesisConfig
 from onelabel.configs.schema import RunConfig
@@ -179,13 +180,20 @@ class SynthActor:
 
 
 class SynthPool:
-    """Synthesis actors, owned by the driver; a lost one is started again and repeats only its calls in flight.
+    """Synthesis actors, which end with their maker; a lost one is started again and repeats only its calls in flight.
 
     memory : bytes that each declares
+    here : on this node, from resources that their maker holds
     """
 
-    def __init__(self, actors: int, /, *, cpus: float = 1, gpus: float = 0, memory: int = 0) -> None:
+    def __init__(
+        self, actors: int, /, *, cpus: float = 1, gpus: float = 0, memory: int = 0, here: bool = False
+    ) -> None:
         options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus, "scheduling_strategy": ANYWHERE}
+        if here:
+            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(
+                ray.get_runtime_context().get_node_id(), soft=False
+            )
         options |= {"max_restarts": -1, "max_task_retries": -1}
         if memory:
             options["memory"] = memory

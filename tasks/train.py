@@ -16,7 +16,7 @@ from ray.train.torch import TorchTrainer
 from ray.util.queue import Empty, Queue
 
 from onelabel.configs.schema import ComputeConfig
-from onelabel.errors import ClusterError
+from onelabel.errors import ClusterError, last_line
 from onelabel.tasks import streams
 from onelabel.tasks.streams import Stream, SynthPool
 from onelabel.tasks.worker import WEIGHTS, FitTask, Row, work
@@ -59,8 +59,9 @@ def fit(jobs: Sequence[Job], /, *, compute: ComputeConfig, folder: Path, queue: 
     ------
     ClusterError : training failed more often than Ray Train may try again.
     """
-    actors = compute.synth_actors * compute.train_workers
     memory = streams.actor_bytes(max(stream.voxels for job in jobs for stream in job.sources.values()))
+    # Elastic workers make their own.
+    actors = 0 if compute.min_train_workers else compute.synth_actors * compute.train_workers
     pool = SynthPool(actors, cpus=compute.synth_cpus, gpus=compute.synth_gpus, memory=memory)
     settings = {
         "tasks": [(job.task, {name: ray.put(stream) for name, stream in job.sources.items()}) for job in jobs],
@@ -68,12 +69,12 @@ def fit(jobs: Sequence[Job], /, *, compute: ComputeConfig, folder: Path, queue: 
         "actors": pool.actors,
         "queue": queue,
     }
-    trainer = _trainer(settings, compute, folder)
+    trainer = _trainer(settings, compute, folder, memory)
     try:
         with _Listening(queue, jobs):
             result = trainer.fit()
     except ray.train.TrainingFailedError as error:
-        raise ClusterError(f"training in '{folder}' failed: {_cause(error)}; the same command resumes it") from error
+        raise ClusterError(f"training in '{folder}' failed: {last_line(error)}; the same command resumes it") from error
     finally:
         pool.close()
     if result.checkpoint is None or result.metrics is None:
@@ -101,20 +102,28 @@ def _advise(name: str, figures: Row) -> None:
         )
 
 
-def _trainer(settings: dict[str, Any], compute: ComputeConfig, folder: Path) -> TorchTrainer:
+def _trainer(settings: dict[str, Any], compute: ComputeConfig, folder: Path, memory: int) -> TorchTrainer:
     resources = {"CPU": compute.cpus_per_worker}
     if compute.gpus_per_worker:
         resources["GPU"] = compute.gpus_per_worker
+    workers: int | tuple[int, int] = compute.train_workers
+    if compute.min_train_workers:
+        # Ray Train counts whole nodes, not what is free on them: a worker must hold all that it needs.
+        resources["CPU"] += compute.synth_actors * compute.synth_cpus
+        resources["memory"] = compute.synth_actors * memory
+        workers = (compute.min_train_workers, compute.train_workers)
     return TorchTrainer(
         work,
         train_loop_config=settings,
         scaling_config=ray.train.ScalingConfig(
-            num_workers=compute.train_workers, use_gpu=compute.gpus_per_worker > 0, resources_per_worker=resources
+            num_workers=workers,  # type: ignore[arg-type]  # its base class knows no pairs
+            use_gpu=compute.gpus_per_worker > 0,
+            resources_per_worker=resources,
         ),
         run_config=ray.train.RunConfig(
             name=folder.name,
             storage_path=str(folder.parent.resolve()),
-            failure_config=ray.train.FailureConfig(max_failures=3),
+            failure_config=ray.train.FailureConfig(max_failures=compute.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
         ),
     )
@@ -149,11 +158,6 @@ class _Listening:
                     stack.close()
                     shown, show = name, stack.enter_context(self.jobs[name].shown())
                 show(row)
-
-
-def _cause(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__
 
 
 def _move(source: Path, destination: Path) -> None:

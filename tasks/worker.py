@@ -24,7 +24,7 @@ from onelabel.models import checkpoint, networks
 from onelabel.models.learners import LEARNERS, Learner, Progress, Samples
 from onelabel.models.precision import use_bf16
 from onelabel.tasks import streams
-from onelabel.tasks.streams import Times
+from onelabel.tasks.streams import SynthPool, Times
 
 Row = dict[str, float]
 WEIGHTS = "weights"
@@ -132,6 +132,7 @@ class _Reporter:
         self.learner, self.task, self.compute, self.queue, self.rank = learner, task, compute, queue, rank
         self.ended = ended
         self.begin = self.saved = self.logged = time.perf_counter()
+        self.drawn, self.world = 0, ray.train.get_context().get_world_size()
         self.total = {"seconds": 0.0, "waited": 0.0, "made": 0.0}
         self.sums: Row = {}
         self.count = 0
@@ -139,11 +140,12 @@ class _Reporter:
     def resume(self, state: Mapping[str, Any]) -> int:
         """Go on from a state; the step that comes next."""
         self.learner.load_state_dict(state["learner"])
-        self.total = dict(state["total"])
+        self.total, self.drawn = dict(state["total"]), int(state["drawn"])
         return int(state["step"])
 
     def __call__(self, step: int, logged: Mapping[str, float], times: Times) -> None:
         self.count += 1
+        self.drawn += self.task.learner.batch * self.task.learner.accumulate * self.world
         for key, value in (*logged.items(), ("waited", times.waited), ("made", times.made)):
             self.sums[key] = self.sums.get(key, 0.0) + value
         done = step + 1
@@ -178,6 +180,7 @@ class _Reporter:
         state: dict[str, Any] = {}
         if done < self.task.steps:
             state = {"task": self.task.name, "learner": self.learner.state_dict(), "step": done, "total": self.total}
+            state["drawn"] = self.drawn
         else:
             rate = {"seconds": self.total["seconds"], "steps_per_s": done / self.total["seconds"]}
             self.ended.figures[self.task.name] = rate | self._shares(self.total)
@@ -195,11 +198,22 @@ def work(settings: dict[str, Any], /) -> None:
         ended = _Ended({}, Path(temporary) / WEIGHTS)
         ended.folder.mkdir()
         state = _kept(ended)
+        settings = settings | {"actors": _actors(settings)}
         left = [part for part in settings["tasks"] if part[0].name not in ended.figures]
         for task, sources in left:
             _fit(task, sources, settings, ended, state if state.get("task") == task.name else None)
         if not left:
             ended.report({}, rank=ray.train.get_context().get_world_rank())
+
+
+def _actors(settings: dict[str, Any]) -> list[Any]:
+    """The synthesis actors of this worker."""
+    compute: ComputeConfig = settings["compute"]
+    if compute.min_train_workers:
+        return SynthPool(compute.synth_actors, cpus=0, here=True).actors
+    context = ray.train.get_context()
+    actors: list[Any] = settings["actors"]
+    return actors[context.get_world_rank() :: context.get_world_size()]
 
 
 def _kept(ended: _Ended) -> dict[str, Any]:
@@ -229,8 +243,8 @@ def _fit(
     batches = {
         name: streams.read(
             sources[name],
-            settings["actors"][rank::world],
-            first=first * task.learner.batch * task.learner.accumulate * world + rank,
+            settings["actors"],
+            first=reporter.drawn + rank,
             every=world,
             batch=task.learner.batch,
             ahead=compute.ahead,

@@ -1,9 +1,15 @@
+import logging
+import threading
+from itertools import product
+
 import pytest
 
 from onelabel.cluster import resources
-from onelabel.cluster.resources import Demand, check, fits, of_stage
+from onelabel.cluster.resources import Demand, check, fits, of_stage, together, watch
 from onelabel.configs.schema import ComputeConfig
 from onelabel.errors import ClusterError
+
+MEMORY = 2**30
 
 
 @pytest.mark.parametrize(
@@ -76,3 +82,48 @@ def test_nodes_that_come_late_are_waited_for(ray_cluster: None, monkeypatch: pyt
     monkeypatch.setattr(resources, "request_resources", lambda bundles: asked.append(bundles))
     check([Demand("this", ({"CPU": 8.0},), "a.setting")], wait_s=60)
     assert asked == [[{"CPU": 8.0}], []]
+
+
+def test_who_expects_no_nodes_is_told_how_to_wait(ray_cluster: None) -> None:
+    with pytest.raises(ClusterError, match="lower a.setting, or add nodes, or set compute.wait_s where"):
+        check([Demand("this", ({"GPU": 9.0},), "a.setting")], wait_s=ComputeConfig().wait_s)
+
+
+@pytest.mark.parametrize(("least", "actors", "gpus"), [*product([1, 2, 4], [1, 3], [0, 1, 0.5])])
+def test_elastic_training_needs_its_least_workers_each_with_its_actors(least: int, actors: int, gpus: float) -> None:
+    settings = {"train_workers": 4, "synth_actors": actors, "gpus_per_worker": gpus, "synth_cpus": 0.5}
+    whole, elastic = (
+        of_stage(ComputeConfig.model_validate(settings | more), actor_bytes=MEMORY)[0]
+        for more in ({}, {"min_train_workers": least})
+    )
+    assert len(elastic.bundles) == least
+    for resource in ("CPU", "GPU", "memory"):
+        assert elastic.total(resource) == pytest.approx(whole.total(resource) * least / 4)
+    assert "compute.min_train_workers" in elastic.change
+    one = elastic.bundles[0]
+    assert fits(elastic.bundles, [one] * least) and not fits(elastic.bundles, [one] * (least - 1))
+    # Apart, they would fit between nodes on which no worker has its actors beside it.
+    assert not fits(elastic.bundles, [{name: amount / 2 for name, amount in one.items()}] * 2 * least)
+
+
+def test_what_stays_together_adds_up() -> None:
+    assert together({"CPU": 1}, {"CPU": 2, "GPU": 1}) == {"CPU": 3, "GPU": 1}
+
+
+def test_nodes_that_are_lost_are_missed_again_and_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    looks = iter([[{"CPU": 4.0}], [{"CPU": 1.0}], [{"CPU": 1.0}], [{"CPU": 4.0}]])
+    over = threading.Event()
+
+    def nodes() -> list[dict[str, float]]:
+        if (found := next(looks, None)) is None:
+            over.set()
+        return found or [{"CPU": 4.0}]
+
+    monkeypatch.setattr(resources, "_nodes", nodes)
+    with caplog.at_level(logging.WARNING), watch([Demand("this", ({"CPU": 4.0},), "a.setting")], every_s=0):
+        assert over.wait(60)
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2
+    assert all("this needs 4 CPUs" in each and "the cluster has 1 CPUs" in each for each in said)

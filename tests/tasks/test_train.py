@@ -113,16 +113,17 @@ def test_two_workers_step_as_one_with_twice_the_batch(
     source = {"train": streams.build(config.stages[0].streams["train"], config, scans=scans, seed=0)}
     queue = Queue(actor_options={"num_cpus": 0})
     weights = []
-    for workers in (1, 2):
+    for workers, least in ((1, None), (2, None), (2, 1)):
+        counts = {"train_workers": workers, "min_train_workers": least}
         compute = config.compute.model_copy(
-            update={"train_workers": workers, "cpus_per_worker": 0.25, "synth_cpus": 0.25, "threads": 1}
+            update={**counts, "cpus_per_worker": 0.25, "synth_cpus": 0.25, "threads": 1}
         )
         learner = SupervisedConfig(batch=2 // workers, weight_decay=0.1)
         meta = replace(task.meta, network=network.model_dump(mode="json"))
         now = replace(task, learner=learner, network=network, meta=meta)
         rows: dict[str, list[Row]] = {"segmenter": [], "shorter": []}
         jobs = [
-            Job(each, source, tmp_path / f"{workers}-{each.name}", partial(shown, rows[each.name]))
+            Job(each, source, tmp_path / f"{workers}-{least}-{each.name}", partial(shown, rows[each.name]))
             for each in (now, replace(now, name="shorter", steps=2, seed=5))
         ]
         out = jobs[0].out
@@ -142,5 +143,6 @@ def test_two_workers_step_as_one_with_twice_the_batch(
     start = make_learner(replace(task, network=network), FLOAT, device=CPU).network.state_dict()
     for name in weights[0]:
         torch.testing.assert_close(weights[0][name], weights[1][name], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(weights[2][name], weights[1][name], rtol=0, atol=0)
     assert any(not torch.allclose(start[name].cpu(), weights[0][name], atol=1e-3) for name in start)
     assert ray.is_initialized()
