@@ -38,6 +38,10 @@ from onelabel.tasks.score import ScoreTask, score
 
 ACTORS = 2
 MB = 1e6
+# Of the code: image opened, mask made and renamed; tables, pictures, weights and marker of a round, made and renamed.
+REQUESTS, REQUESTS_A_ROUND = 3, 40
+# Assumed.
+ACTORS_A_NODE, SCAN_S = 16, 3.0
 PHASES = ("manifest", "scoring", "selection", "record")
 
 
@@ -78,12 +82,16 @@ def main() -> None:
         "| scans | driver memory, MB (grown by) | scoring, rows/s | driver CPU, ms a scan | of it " + ", ".join(PHASES)
     )
     print("|---|---|---|---|---|")
+    found = {}
     for rows in options.rows:
         command = [sys.executable, __file__, "--one", str(rows), "--folder", str(options.folder)]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        print(_line(rows, json.loads(done.stdout.splitlines()[-1])), flush=True)
+        found[rows] = json.loads(done.stdout.splitlines()[-1])
+        print(_line(rows, found[rows]), flush=True)
     if options.select:
         print(f"\n{_selection(options.select)}")
+    if len(found) > 1:
+        print(f"\n{_model(found)}")
 
 
 def measure(rows: int, folder: Path) -> dict[str, float]:
@@ -118,7 +126,7 @@ def measure(rows: int, folder: Path) -> dict[str, float]:
             summarise({"scores": scores, "selection": selection})
             extremes(scores, report.SHOWN)
     assert len(scores) == rows and len(selection) == 20
-    figures["table_bytes"] = float(scores.nbytes)
+    figures["manifest_bytes"], figures["table_bytes"] = float(manifest.stat().st_size), float(scores.nbytes)
     figures["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MB
     return figures
 
@@ -166,6 +174,38 @@ def _selection(rows: int) -> str:
         begin, cpu = time.perf_counter(), time.process_time()
         select(table, config)
         lines.append(f"| {name} | {time.perf_counter() - begin:.2f} | {time.process_time() - cpu:.2f} |")
+    return "\n".join(lines)
+
+
+def _model(found: dict[int, dict[str, float]]) -> str:
+    """Lines fitted to the measurements, and what they say of other numbers of scans and of nodes."""
+    rows = np.array(list(found), float)
+    known = {name: np.array([each[name] for each in found.values()]) for name in next(iter(found.values()))}
+    memory = np.polyfit(rows, known["peak_mb"], 1, w=1 / np.sqrt(rows))
+    cpu = np.polyfit(rows, sum(known[f"{name}_cpu_s"] for name in PHASES), 1, w=1 / np.sqrt(rows))
+    manifest, table, rate = (
+        known["manifest_bytes"][-1] / rows[-1],
+        known["table_bytes"][-1] / rows[-1],
+        rows[-1] / known["scoring_s"][-1],
+    )
+    lines = [
+        f"Fitted: driver memory {memory[1]:.0f} MB + {1e3 * memory[0]:.2f} kB a scan; driver CPU {cpu[1]:.1f} s +"
+        f" {1e3 * cpu[0]:.3f} ms a scan; manifest {manifest:.0f} bytes, scores {table:.0f} bytes a scan;"
+        f" at most {rate:,.0f} scans/s through one driver.\n",
+        "| scans | manifest, MB | driver memory, GB | driver CPU a round, s | storage requests a round | scores, MB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for count in 10 ** np.arange(3, 8):
+        cells = (count * manifest / MB, np.polyval(memory, count) / 1e3, np.polyval(cpu, count))
+        requests = REQUESTS * count + REQUESTS_A_ROUND
+        shown = (*(f"{cell:,.1f}" for cell in cells), f"{requests:,}", f"{count * table / MB:,.1f}")
+        lines.append(f"| {count:,} | {' | '.join(shown)} |")
+    lines += ["\n| nodes | scans/s that they can score | hours for 1,000,000 scans | the driver's share of its limit |"]
+    lines.append("|---|---|---|---|")
+    for nodes in 10 ** np.arange(4):
+        wanted = nodes * ACTORS_A_NODE / SCAN_S
+        hours = 1e6 / min(wanted, rate) / 3600
+        lines.append(f"| {nodes:,} | {wanted:,.0f} | {hours:,.1f} | {wanted / rate:.0%} |")
     return "\n".join(lines)
 
 

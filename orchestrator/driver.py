@@ -72,7 +72,7 @@ def run(config: RunConfig, /, on_round: Callable[[dict[str, Any]], None] | None 
             runtime.check_shared(folder)
         work = Work(config, cohorts, folder, tracker, Queue(actor_options={"num_cpus": 0}))
         selection = None
-        with resources.watch(demands), _mendable(folder):
+        with resources.watch(demands), mendable(folder):
             for now in rounds:
                 if not now.done:
                     _run_round(work, now, rounds[: now.index], selection)
@@ -87,7 +87,7 @@ def run(config: RunConfig, /, on_round: Callable[[dict[str, Any]], None] | None 
 
 
 @contextmanager
-def _mendable(folder: Path) -> Iterator[None]:
+def mendable(folder: Path) -> Iterator[None]:
     """What is nobody's mistake becomes a sentence."""
     try:
         yield

@@ -193,7 +193,7 @@ def over(
     scores = [pa.field(name, pa.float64()) for name in task.columns if name not in schema.names]
     whole = pa.schema([*schema, *scores, ("probe", pa.int64()), ("unwritten", pa.string())])
     dataset = ray.data.from_arrow([rows.slice(begin, size) for begin in range(0, len(rows), size)]).map_batches(
-        _Rows,
+        Rows,
         batch_size=None,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=actors),
@@ -228,7 +228,7 @@ def _gathered(dataset: ray.data.Dataset, schema: pa.Schema) -> pa.Table:
     return pa.concat_tables(batches).drop_columns("unwritten")
 
 
-class _Rows:
+class Rows:
     """A worker's values as a table; lives in an actor."""
 
     def __init__(self, worker: type, schema: pa.Schema, **given: Any) -> None:

@@ -1,10 +1,11 @@
 import math
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
-from onelabel.orchestrator.summary import summarise
+from onelabel.orchestrator.summary import extremes, summarise
 
 SCHEMA = pa.schema(
     [
@@ -127,3 +128,18 @@ def test_each_structure_has_its_mean() -> None:
         scans = scans.append_column(name, rows[name])
     figures = summarise({"test": scans})["test"]
     assert figures["dice_wall_mean"] == pytest.approx(0.6) and "dice_lumen_mean" not in figures
+
+
+@pytest.mark.parametrize("count", [0, 3, 4, 5, 20])
+def test_the_extremes_show_the_same_scans_as_the_whole(count: int) -> None:
+    rng = np.random.default_rng(count)
+    rows = [
+        {"key": str(i), "mask": None if i % 7 == 3 else "m", "score": None if i % 5 == 4 else float(score)}
+        for i, score in enumerate(rng.integers(0, 4, count))  # many are equal
+    ]
+    names = {"key": pa.string(), "mask": pa.string(), "score": pa.float64()}
+    found = extremes(pa.Table.from_pylist(rows, schema=pa.schema(names)), 2).to_pylist()
+    shown = sorted(
+        (row for row in rows if row["mask"] and row["score"] is not None), key=lambda r: (-r["score"], r["key"])
+    )
+    assert found == (shown if len(shown) <= 4 else shown[:2] + shown[-2:])

@@ -23,6 +23,7 @@ from onelabel.configs.schema import (
     RunConfig,
 )
 from onelabel.configs.streams import PseudoLabelConfig, ViewsConfig
+from onelabel.errors import DataError, StorageError
 from onelabel.imaging import volume
 from onelabel.imaging.classes import Classes
 from onelabel.imaging.labels import HALF
@@ -34,7 +35,7 @@ from onelabel.models.predictor import Predictor
 from onelabel.models.pseudo import PseudoLabeller
 from onelabel.models.rankers import AutoencoderRanker, fuse
 from onelabel.tasks.cohort import SCHEMA, Cohort
-from onelabel.tasks.score import EXPECTED, Probes, Pseudo, ScoreTask, score
+from onelabel.tasks.score import EXPECTED, Probes, Pseudo, Rows, ScoreTask, score
 
 
 def test_each_scan_is_a_row_and_a_broken_one_has_an_error(
@@ -78,6 +79,42 @@ def test_each_scan_is_a_row_and_a_broken_one_has_an_error(
     )
     expected = fuse(np.array([[again[key][name] for key in sound] for name in fused.columns]))
     assert [again[key]["score"] for key in sound] == pytest.approx(expected.tolist())
+
+
+def test_what_cannot_be_written_is_no_scans_fault(
+    ray_cluster: None, heads: Cohort, config: RunConfig, tmp_path: Path
+) -> None:
+    meta = Meta(config.network.model_dump(mode="json"), "supervised", config.grid.model_dump(mode="json"), 0, 0, "")
+    checkpoint.save(tmp_path / "unet", networks.build(config.network), meta)
+    (tmp_path / "masks/head1.nii.gz").mkdir(parents=True)  # in the way
+    task = ScoreTask(tmp_path / "unet", tmp_path / "masks")
+    with pytest.raises(
+        StorageError, match=r"head1.nii.gz' cannot be written \(.*\); make room or mend it, and the same"
+    ):
+        score(heads, task, compute=config.compute)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (DataError("damaged"), ("damaged", None)),
+        (ValueError("odd"), ("ValueError: odd", None)),
+        (StorageError("'x' cannot be written"), (None, "'x' cannot be written")),
+    ],
+)
+def test_a_row_says_whose_fault_it_is(error: Exception, expected: tuple[str | None, str | None]) -> None:
+    class Failing:
+        def __init__(self, **_: object) -> None:
+            pass
+
+        def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+            raise error
+
+    names = ("key", "image", "error", "unwritten")
+    made = Rows(Failing, pa.schema([(name, pa.string()) for name in names]))(pa.table({"key": ["a"], "label": ["l"]}))
+    row = made.to_pylist()[0]
+    assert (row["error"], row["unwritten"]) == expected
+    assert (row["key"], row["image"]) == ("a", None)
 
 
 def test_chance_and_the_oracle_rank_without_a_look(
