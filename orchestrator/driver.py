@@ -10,7 +10,6 @@ from typing import Any
 
 import pyarrow as pa
 import ray
-from ray.util.queue import Queue
 
 from onelabel.cluster import resources, runtime
 from onelabel.configs.schema import RunConfig
@@ -23,6 +22,7 @@ from onelabel.orchestrator.setup import needs, open_cohorts, open_folder
 from onelabel.orchestrator.summary import summarise
 from onelabel.orchestrator.tracking import Tracker, preload
 from onelabel.orchestrator.work import Work
+from onelabel.tasks.train import row_queue
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def run(config: RunConfig, /, on_round: Callable[[dict[str, Any]], None] | None 
         resources.check(demands, wait_s=config.compute.wait_s if joined else 0)
         if joined:
             runtime.check_shared(folder)
-        work = Work(config, cohorts, folder, tracker, Queue(actor_options={"num_cpus": 0}))
+        work = Work(config, cohorts, folder, tracker, row_queue())
         selection = None
         with resources.watch(demands), mendable(folder):
             for now in rounds:

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
-from ray.util.queue import Queue
 
 from onelabel.cluster import resources, runtime
 from onelabel.configs.load import load
@@ -28,6 +27,7 @@ from onelabel.orchestrator.work import Work
 from onelabel.tasks import rank as judging
 from onelabel.tasks.cohort import SCHEMA, Cohort
 from onelabel.tasks.strip import write_table
+from onelabel.tasks.train import row_queue
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ def rank(
     with runtime.connect(config.compute) as joined, Tracker(config, folder) as tracker:
         demands = resources.of_stage(config.compute, **needs(config, cohorts))
         resources.check(demands, wait_s=config.compute.wait_s if joined else 0)
-        work = Work(config, cohorts, folder, tracker, Queue(actor_options={"num_cpus": 0}))
+        work = Work(config, cohorts, folder, tracker, row_queue())
         grid = Grid(config.grid.spacing_mm, config.grid.size)
         probes = work.probes(config.stages[0].expect)
         task = judging.RankTask(segmenter, ranker, work.fit_ranker(ranker), grid, probes, config.seed)

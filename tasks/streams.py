@@ -39,6 +39,11 @@ _PROCESS_BYTES = 700 << 20  # of an actor that has made nothing yet
 _VOXEL_BYTES = 24  # at most, of an actor that makes a sample
 
 
+def this_node() -> NodeAffinitySchedulingStrategy:
+    """Where a process must run to be lost with this one, and with no other node."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
 @dataclass(frozen=True)
 class Times:
     """Seconds that a batch was waited for, and that actors took to make it."""
@@ -191,9 +196,7 @@ class SynthPool:
     ) -> None:
         options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus, "scheduling_strategy": ANYWHERE}
         if here:
-            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(
-                ray.get_runtime_context().get_node_id(), soft=False
-            )
+            options["scheduling_strategy"] = this_node()
         options |= {"max_restarts": -1, "max_task_retries": -1}
         if memory:
             options["memory"] = memory

@@ -1,5 +1,6 @@
 """Fit learners by Ray Train: any number of workers, CPU or GPU, resumed from the last periodic checkpoint."""
 
+import json
 import logging
 import os
 import shutil
@@ -13,6 +14,7 @@ from typing import Any
 import ray
 import ray.train
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
 from ray.util.queue import Empty, Queue
 
 from onelabel.configs.schema import ComputeConfig
@@ -43,6 +45,11 @@ class Job:
     shown: Callable[[], AbstractContextManager[Callable[[Row], None]]]
 
 
+def row_queue() -> Queue:
+    """For rows from workers; on the driver's node, so that it is not lost with another."""
+    return Queue(actor_options={"num_cpus": 0, "scheduling_strategy": streams.this_node()})
+
+
 def fit(jobs: Sequence[Job], /, *, compute: ComputeConfig, folder: Path, queue: Queue) -> dict[str, Row]:
     """Train one task after the other in the same workers, for to start them takes long, and leave the checkpoints.
 
@@ -69,6 +76,7 @@ def fit(jobs: Sequence[Job], /, *, compute: ComputeConfig, folder: Path, queue: 
         "actors": pool.actors,
         "queue": queue,
     }
+    forget_torn(folder)
     trainer = _trainer(settings, compute, folder, memory)
     try:
         with _Listening(queue, jobs):
@@ -87,6 +95,17 @@ def fit(jobs: Sequence[Job], /, *, compute: ComputeConfig, folder: Path, queue: 
     for name, row in figures.items():
         _advise(name, row)
     return figures
+
+
+def forget_torn(folder: Path, /) -> None:
+    """Where the last attempt died while Ray Train wrote which checkpoints there are, training begins anew."""
+    known = folder / CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
+    try:
+        if known.is_file():
+            json.loads(known.read_text())
+    except ValueError:
+        log.warning("'%s' was cut off while it was written: this training begins anew", known)
+        known.unlink()
 
 
 def _advise(name: str, figures: Row) -> None:

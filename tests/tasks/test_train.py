@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import ray
 import torch
-from ray.util.queue import Queue
+from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
 
 from onelabel.configs.learners import SupervisedConfig
 from onelabel.configs.schema import ComputeConfig, RunConfig
@@ -20,7 +20,7 @@ from onelabel.models.learners import Samples
 from onelabel.tasks import streams
 from onelabel.tasks.cohort import Cohort
 from onelabel.tasks.streams import Times
-from onelabel.tasks.train import Job, fit
+from onelabel.tasks.train import Job, fit, forget_torn, row_queue
 from onelabel.tasks.worker import FitTask, Row, loop, make_learner
 
 CPU = torch.device("cpu")
@@ -77,6 +77,16 @@ def test_accumulated_batches_equal_one_large_batch(task: FitTask) -> None:
         assert logged["parts"][0][key] == pytest.approx(logged["whole"][0][key], rel=1e-4)
 
 
+@pytest.mark.parametrize(("content", "kept"), [('{"ray_version": "2"}', True), ("", False), ('{"ray_ver', False)])
+def test_what_ray_train_left_half_written_is_forgotten(tmp_path: Path, content: str, kept: bool) -> None:
+    known = tmp_path / CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
+    forget_torn(tmp_path)
+    known.write_text(content)
+    (tmp_path / "checkpoint_1").mkdir()
+    forget_torn(tmp_path)
+    assert known.exists() is kept
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler: torch.compile is not tried")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_channels_last_and_compiling_change_no_result(task: FitTask) -> None:
@@ -111,7 +121,7 @@ def test_two_workers_step_as_one_with_twice_the_batch(
     network = config.network.model_copy(update={"dropout": 0.0, "norm": "none"})
     scans = {"labelled": (streams.prepare(heads, config), [1.0] * len(heads))}
     source = {"train": streams.build(config.stages[0].streams["train"], config, scans=scans, seed=0)}
-    queue = Queue(actor_options={"num_cpus": 0})
+    queue = row_queue()
     weights = []
     for workers, least in ((1, None), (2, None), (2, 1)):
         counts = {"train_workers": workers, "min_train_workers": least}
