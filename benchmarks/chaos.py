@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -120,8 +120,9 @@ def _hurt_at(process: subprocess.Popen[bytes], trial: Trial, moment_s: float) ->
     driver = psutil.Process(process.pid)
     while process.poll() is None:
         passed = time.monotonic() - begin
-        if passed >= moment_s and trial.hurt(driver):
-            return f"{passed:.0f} s, {_reached(trial.storage / 'run')}"
+        with suppress(psutil.NoSuchProcess):  # it has just ended
+            if passed >= moment_s and trial.hurt(driver):
+                return f"{passed:.0f} s, {_reached(trial.storage / 'run')}"
         time.sleep(0.05)
     return "ended before"
 

@@ -78,7 +78,11 @@ def rank(cohort: Cohort, task: RankTask, /, *, compute: ComputeConfig) -> pa.Tab
     """
     mask, image = cohort.table["label"], cohort.table["image"]
     scans = pa.table(
-        {"key": cohort.table["key"], "mask": mask, "image": pc.if_else(pc.equal(image, mask), pa.scalar(None), image)}
+        {
+            "key": cohort.table["key"],
+            "mask": mask,
+            "image": pc.if_else(pc.equal(image, mask), pa.scalar(None, pa.string()), image),
+        }
     )
     table, probed = over(scans, task.probes.config.images, Judge, task, compute=compute, schema=SCHEMA)
     table = ranked(table, task)
