@@ -5,6 +5,7 @@ OnelabelError
 ├── DataError        a file or a cohort: not an image, wrong dimensions, label and image on different grids
 ├── CheckpointError  a checkpoint that is missing, incomplete or was made for another network
 └── ClusterError     machines: storage not writable, a demand that the cluster can never meet
+    └── StorageError an object store that refuses or does not answer
 
 Every message is one sentence that names the value, the rule it breaks, and what to do.
 """
@@ -28,6 +29,10 @@ class CheckpointError(OnelabelError):
 
 class ClusterError(OnelabelError):
     """The machines or their storage cannot do what was asked."""
+
+
+class StorageError(ClusterError):
+    """An object store refuses, or does not answer."""
 
 
 SCAN_FAULTS = (OnelabelError, OSError, ValueError, RuntimeError, MemoryError)

@@ -4,7 +4,6 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -12,7 +11,8 @@ from ray.util.queue import Queue
 
 from onelabel.cluster import resources, runtime
 from onelabel.configs.schema import RunConfig
-from onelabel.errors import SCAN_FAULTS, sentence
+from onelabel.errors import SCAN_FAULTS, StorageError, sentence
+from onelabel.imaging.storage import AnyPath
 from onelabel.orchestrator import page
 from onelabel.orchestrator.console import stage
 from onelabel.orchestrator.rounds import Round, plan
@@ -36,13 +36,13 @@ class Outcome:
     mlflow_command : opens what was logged
     """
 
-    folder: Path
+    folder: AnyPath
     failures: int
     rounds: list[dict[str, Any]]
     mlflow_command: str
 
     @property
-    def report(self) -> Path:
+    def report(self) -> AnyPath:
         """The page about the run, where it could be written."""
         return self.folder / page.NAME
 
@@ -57,7 +57,16 @@ def run(config: RunConfig, /, on_round: Callable[[dict[str, Any]], None] | None 
     Raises
     ------
     OnelabelError : before any training, when the config, the data or the cluster cannot do it.
+    StorageError : at any time, when an object store does not answer; what is finished is kept.
     """
+    try:
+        return _run(config, on_round)
+    except ConnectionError as error:  # of a scan's store, outside of what costs one scan alone
+        reason = sentence(error)
+        raise StorageError(f"a store does not answer ({reason}); give the same command again to go on") from error
+
+
+def _run(config: RunConfig, on_round: Callable[[dict[str, Any]], None] | None) -> Outcome:
     cohorts, folder = open_cohorts(config), open_folder(config)
     rounds = plan(config, folder)
     news = not all(now.done for now in rounds)
@@ -82,7 +91,7 @@ def run(config: RunConfig, /, on_round: Callable[[dict[str, Any]], None] | None 
     return Outcome(folder, recorded[-1]["failures"], recorded, command)
 
 
-def _report(folder: Path) -> None:
+def _report(folder: AnyPath) -> None:
     """Write the report; a run without one is a run all the same."""
     log.info("writing the report")
     try:

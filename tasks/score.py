@@ -4,7 +4,6 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,11 +25,12 @@ from onelabel.configs.schema import (
     single_rankers,
 )
 from onelabel.configs.streams import PseudoLabelConfig
-from onelabel.errors import SCAN_FAULTS, sentence
+from onelabel.errors import SCAN_FAULTS, StorageError, sentence
 from onelabel.imaging import metrics, outputs, random, synthesis, volume
 from onelabel.imaging.classes import load_target
 from onelabel.imaging.labels import read_probability
 from onelabel.imaging.random import derive
+from onelabel.imaging.storage import AnyPath
 from onelabel.models import rankers
 from onelabel.models.predictor import Prediction, Predictor, clean, likeliest
 from onelabel.models.pseudo import PseudoLabeller
@@ -84,8 +84,8 @@ class Pseudo:
     """
 
     config: PseudoLabelConfig
-    out: Path
-    earlier: tuple[Path, ...] = ()
+    out: AnyPath
+    earlier: tuple[AnyPath, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -99,10 +99,10 @@ class ScoreTask:
     structures : their names, if they are several: each has a column of Dice
     """
 
-    checkpoint: Path
-    out: Path
+    checkpoint: AnyPath
+    out: AnyPath
     ranker: RankerConfig | None = None
-    fitted: tuple[Path | None, ...] = ()
+    fitted: tuple[AnyPath | None, ...] = ()
     seed: int = 0
     probes: Probes | None = None
     pseudo: Pseudo | None = None
@@ -239,7 +239,10 @@ class Scorer:
         row |= {"key": key, "image": image, "probe": probe}
         try:
             row |= self._score(key, image, label) if probe < 0 else self._probe(probe)
+        except StorageError:
+            raise
         except SCAN_FAULTS as error:
+            self.task.out.exists()  # raises if it is the storage that does not answer, and not one scan
             row["error"] = sentence(error)
         return {name: [value] for name, value in row.items()}
 

@@ -1,7 +1,6 @@
 """Fit learners by Ray Train: any number of workers, CPU or GPU, resumed from the last periodic checkpoint."""
 
 import logging
-import os
 import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +16,9 @@ from ray.util.queue import Empty, Queue
 
 from onelabel.configs.schema import ComputeConfig
 from onelabel.errors import ClusterError
+from onelabel.imaging import storage
+from onelabel.imaging.storage import AnyPath
+from onelabel.models.checkpoint import META
 from onelabel.tasks import streams
 from onelabel.tasks.streams import Stream, SynthPool
 from onelabel.tasks.worker import WEIGHTS, FitTask, Row, work
@@ -39,11 +41,11 @@ class Job:
 
     task: FitTask
     sources: Mapping[str, Stream]
-    out: Path
+    out: AnyPath
     shown: Callable[[], AbstractContextManager[Callable[[Row], None]]]
 
 
-def fit(jobs: Sequence[Job], /, *, compute: ComputeConfig, folder: Path, queue: Queue) -> dict[str, Row]:
+def fit(jobs: Sequence[Job], /, *, compute: ComputeConfig, folder: AnyPath, queue: Queue) -> dict[str, Row]:
     """Train one task after the other in the same workers, for to start them takes long, and leave the checkpoints.
 
     Parameters
@@ -80,8 +82,9 @@ def fit(jobs: Sequence[Job], /, *, compute: ComputeConfig, folder: Path, queue: 
         raise ClusterError(f"training in '{folder}' left no checkpoint; the same command tries again")
     with result.checkpoint.as_directory() as kept:
         for job in jobs:
-            _move(Path(kept) / WEIGHTS / job.task.name, job.out)
-    shutil.rmtree(folder, ignore_errors=True)
+            with storage.building(job.out, last=META) as unfinished:
+                shutil.copytree(Path(kept) / WEIGHTS / job.task.name, unfinished, dirs_exist_ok=True)
+    storage.remove(folder)
     figures: dict[str, Row] = result.metrics["figures"]
     for name, row in figures.items():
         _advise(name, row)
@@ -101,7 +104,7 @@ def _advise(name: str, figures: Row) -> None:
         )
 
 
-def _trainer(settings: dict[str, Any], compute: ComputeConfig, folder: Path) -> TorchTrainer:
+def _trainer(settings: dict[str, Any], compute: ComputeConfig, folder: AnyPath) -> TorchTrainer:
     resources = {"CPU": compute.cpus_per_worker}
     if compute.gpus_per_worker:
         resources["GPU"] = compute.gpus_per_worker
@@ -154,12 +157,3 @@ class _Listening:
 def _cause(error: BaseException) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[-1].strip() if lines else type(error).__name__
-
-
-def _move(source: Path, destination: Path) -> None:
-    destination.parent.mkdir(exist_ok=True)
-    temporary = destination.with_name(f".{destination.name}.{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(source, temporary)
-    shutil.rmtree(destination, ignore_errors=True)
-    temporary.rename(destination)
