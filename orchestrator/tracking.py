@@ -111,8 +111,7 @@ class Tracker(RoundTracker):
 
     Raises
     ------
-    ClusterError
-        MLflow answers, but not as MLflow does, or its database cannot be used; known within seconds.
+    ClusterError : what answers is no MLflow, or its database cannot be used; known within seconds.
     """
 
     def __init__(self, config: RunConfig, folder: AnyPath) -> None:
@@ -124,8 +123,8 @@ class Tracker(RoundTracker):
         super().__init__(Journal(self._folder / _WAITING, self._send), "", self._id)
         self._begun = False
         with _usable(self.uri):
-            parameters = flatten(config.model_dump(mode="json"))
-            self._journal.add(self._entry("begin"), self._entry("parameters", values=parameters), strict=True)
+            parameters = self._entry("parameters", values=flatten(config.model_dump(mode="json")))
+            self._journal.add(self._entry("begin"), parameters, strict=True)
         self._begun = True
 
     def round(self, name: str) -> RoundTracker:
@@ -160,18 +159,18 @@ class Tracker(RoundTracker):
 
     def _connect(self) -> "MlflowClient":
         """A client, of a database and an experiment that are there."""
-        if self._client is None:
-            with _answering(), _environment(IMPATIENCE):
-                artifacts = None
-                if not self._config.tracking.uri:
-                    home = database.home(self._folder)
-                    database.find(self._folder, home)
-                    database.make(home / database.NAME, open_client)
-                    artifacts = (home / "mlartifacts").as_uri()
-                client = open_client(self.uri)
-                self._experiment = _experiment(client, self._config.tracking.experiment, artifacts)
-            self._client = client
-        return self._client
+        if self._client:
+            return self._client
+        with _answering(), _environment(IMPATIENCE):
+            artifacts, home = None, database.home(self._folder)
+            if not self._config.tracking.uri:
+                database.find(self._folder, home)
+                database.make(home / database.NAME, open_client)
+                artifacts = (home / "mlartifacts").as_uri()
+            client = open_client(self.uri)
+            self._experiment = _experiment(client, self._config.tracking.experiment, artifacts)
+        self._client = client
+        return client
 
     def _begin(self, client: "MlflowClient", entry: Entry) -> None:
         name, known = entry["run"], self._id(entry["run"])
@@ -211,7 +210,7 @@ class Tracker(RoundTracker):
 class PastRun:
     """The record of a run that began earlier, to be read and to get more artifacts; its status stays what it is.
 
-    copied : whether the folder is a copy, so that artifacts would go to the original
+    copied : whether the folder is a copy, whose artifacts lie elsewhere
 
     Raises
     ------
