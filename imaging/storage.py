@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -195,6 +195,11 @@ def path_of(place: str | AnyPath, /) -> AnyPath:
     scheme, _, rest = base.partition("://")
     bucket, _, inside = rest.partition("/")
     return StorePath(f"{scheme}://{bucket}{mark}{query}", posixpath.normpath(f"/{inside}").strip("/"))
+
+
+def answering(path: AnyPath, /) -> AbstractContextManager[None]:
+    """Raise what others hear from the store of a path as a StorageError, in one sentence."""
+    return path.answering() if isinstance(path, StorePath) else nullcontext()
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Predict and rank a cohort by Ray Data. A scan that fails is a row with an error."""
 
 import logging
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -165,6 +166,10 @@ def over(
     ----------
     rows : with the number of a `probe`, or -1 for a scan
     schema : of what the workers return, beside a score for each of the task's `columns`
+
+    Raises
+    ------
+    StorageError : a worker cannot write.
     """
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # it warns that its progress bars are off
     ray.data.DataContext.get_current().enable_progress_bars = False
@@ -178,7 +183,13 @@ def over(
         fn_constructor_kwargs={"task": task, "device": "cuda" if compute.score_gpus else "cpu", "compute": compute},
     )
     scores = [pa.field(name, pa.float64()) for name in task.columns if name not in schema.names]
-    found = sorted(dataset.take_all(), key=lambda row: (row["key"], row["probe"]))
+    try:
+        found = sorted(dataset.take_all(), key=lambda row: (row["key"], row["probe"]))
+    except ray.exceptions.RayTaskError as error:
+        said = re.search(r"StorageError: (.+)", str(error))
+        if said:
+            raise StorageError(said[1]) from error
+        raise
     table, probed = (
         pa.Table.from_pylist([row for row in found if (row["probe"] < 0) == scan], pa.schema([*schema, *scores]))
         for scan in (True, False)

@@ -59,7 +59,7 @@ def fit(jobs: Sequence[Job], /, *, compute: ComputeConfig, folder: AnyPath, queu
 
     Raises
     ------
-    ClusterError : training failed more often than Ray Train may try again.
+    ClusterError : training failed more often than Ray Train may try again, or the store of the folder does not answer.
     """
     actors = compute.synth_actors * compute.train_workers
     memory = streams.actor_bytes(max(stream.voxels for job in jobs for stream in job.sources.values()))
@@ -70,17 +70,16 @@ def fit(jobs: Sequence[Job], /, *, compute: ComputeConfig, folder: AnyPath, queu
         "actors": pool.actors,
         "queue": queue,
     }
-    trainer = _trainer(settings, compute, folder)
     try:
-        with _Listening(queue, jobs):
-            result = trainer.fit()
+        with storage.answering(folder), _Listening(queue, jobs):
+            result = _trainer(settings, compute, folder).fit()
     except ray.train.TrainingFailedError as error:
         raise ClusterError(f"training in '{folder}' failed: {_cause(error)}; the same command resumes it") from error
     finally:
         pool.close()
     if result.checkpoint is None or result.metrics is None:
         raise ClusterError(f"training in '{folder}' left no checkpoint; the same command tries again")
-    with result.checkpoint.as_directory() as kept:
+    with storage.answering(folder), result.checkpoint.as_directory() as kept:
         for job in jobs:
             with storage.building(job.out, last=META) as unfinished:
                 shutil.copytree(Path(kept) / WEIGHTS / job.task.name, unfinished, dirs_exist_ok=True)
