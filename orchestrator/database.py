@@ -27,7 +27,6 @@ def home(folder: AnyPath, /) -> Path:
 
 def find(folder: AnyPath, home: Path, /) -> None:
     """Go on with the copy that an attempt on another machine left in an object store."""
-    home.mkdir(parents=True, exist_ok=True)
     kept = folder / NAME
     if isinstance(kept, StorePath) and not (home / NAME).is_file() and kept.is_file():
         with storage.writing(home / NAME) as file:
@@ -57,6 +56,7 @@ def make(path: Path, open_client: Callable[[str], object], /) -> None:
         return
     from sqlalchemy import Engine, event
 
+    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".new")
     unfinished.unlink(missing_ok=True)
     event.listen(Engine, "connect", _do_not_wait)

@@ -221,7 +221,7 @@ class PastRun:
     def __init__(self, config: RunConfig, folder: AnyPath) -> None:
         folder = folder.resolve()
         self.uri, record = _uri(config, folder), folder / _RECORD
-        if not config.tracking.uri:
+        with _usable(self.uri), _answering():
             database.find(folder, database.home(folder))
         paths: list[AnyPath] = [record]
         if self.uri.startswith(database.SQLITE):

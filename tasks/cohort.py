@@ -218,6 +218,8 @@ def _check_labels(rows: Sequence[Row], path: AnyPath) -> None:
     if without:
         raise DataError(f"{some(without)} of {path} have no label: each scan here needs one.")
     names = [name for row in rows for name in (row["image"], row["label"])]
-    lost = [name for name, changed in zip(names, places.times(names), strict=True) if changed is None]
+    uris = list(filter(places.is_uri, names))
+    changed = dict(zip(uris, places.times(uris), strict=True))
+    lost = [name for name in names if (changed[name] is None if name in changed else not Path(name).is_file())]
     if lost:
         raise DataError(f"{some(lost)}, named by {path}, do not exist: correct the paths.")
