@@ -7,8 +7,8 @@ DATA/participants.csv has columns key, split, image, mask; splits labelled, unla
 first stage of `singlestrip` is trained once, and each ranker and k goes on from it with the same rounds of
 self-training; so do recipes that differ from the preset's in one thing; `all labels` trains on the true masks of the
 pool for as many steps. All is one Ray session at 4 mm, and the same command goes on where it was cut off. Prints
-Markdown: test Dice of each, its difference to no self-training and to chance with Wilcoxon's signed-rank test over test
-heads and seeds, corrected by Holm's method.
+Markdown, for the test scans and for the pool itself: Dice of each, its difference to no self-training and to chance
+with Wilcoxon's signed-rank test over scans and seeds, corrected by Holm's method.
 """
 
 import argparse
@@ -38,6 +38,7 @@ RANKERS = {
     "oracle": "{type: oracle}",
 }
 DEFAULT = "confidence"  # of the recipes
+BASE = ("no self-training", 0)
 _TRAIN = "stages.1.streams.train"
 _PASSES = ["stages.0.pseudo={views: {passes: 4}}", "stages.1.pseudo={views: {passes: 4}}"]
 _OWN = "{type: synthetic, of: labelled, share: 0.5}"
@@ -60,17 +61,20 @@ RECIPES = {
 }
 # Okabe and Ito's colours
 COLOURS = dict(zip(RANKERS, ("#999999", "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#000000"), strict=True))
+SETS = {"test": "test scans", "scores": "unlabelled pool"}
 GRID = ("grid.spacing_mm=4", "grid.size=[48, 64, 64]", "stages.*.expect.images=0", "compute.threads=2")
+
+Found = dict[tuple[str, int], np.ndarray]  # Dice of all scans and seeds, by way and k
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run: its name in the table, k (0 where nothing is selected) and the Dice of all test heads, by key."""
+    """One run: its name in the table, k (0 where nothing is selected) and the Dice of all scans of a set, by key."""
 
     name: str
     k: int
     seed: int
-    dice: np.ndarray
+    dice: dict[str, np.ndarray]
 
 
 def main() -> None:
@@ -92,8 +96,9 @@ def main() -> None:
         pool += [f"data.labelled.where.key={options.label}"] * bool(options.label)
         every = split(options.data, labelled="unlabelled", test="test")
         cells = [cell for seed in seeds for cell in _cells(pool, every, common, seed, _ways(ks, options.vary))]
-    sys.stdout.write(_table(cells) + "\n")
-    _plot(cells, options.plot)
+    tables = [f"Dice of the {name}\n\n{_table(_by_way(cells, table))}" for table, name in SETS.items()]
+    sys.stdout.write("\n\n".join(tables) + "\n")
+    _plot(_by_way(cells, "test"), options.plot)
 
 
 def _ways(ks: list[int], vary: int) -> Iterator[tuple[str, int, list[str]]]:
@@ -115,7 +120,7 @@ def _cells(
     one = ["singlestrip", *pool, f"seed={seed}", *common, "stages.1.rounds=2"]
     base = load([*one, f"name=study-{seed}-base", "stages.*.ranker={type: random}"])
     base = base.model_copy(update={"stages": base.stages[:1]})
-    yield Cell("no self-training", 0, seed, _dice(base))
+    yield Cell(*BASE, seed, _dice(base))
     fitted = base
     for name, k, settings in ways:
         config = load([*one, f"name=study-{seed}-{re.sub(r'[^a-z]+', '-', name)}-{k}", *settings])
@@ -128,44 +133,40 @@ def _cells(
     yield Cell("all labels", 0, seed, _dice(load(reference)))
 
 
-def _dice(config: RunConfig) -> np.ndarray:
-    """Of the last round's network on the test heads; a scan that failed counts as a miss."""
+def _dice(config: RunConfig) -> dict[str, np.ndarray]:
+    """Of the last round's network, by set; a scan that failed counts as a miss."""
     run(config)
-    table = plan(config, Path(config.storage) / config.name)[-1].table("test")
-    assert table is not None
-    return np.nan_to_num(table.sort_by("key")["dice"].to_numpy())
+    last = plan(config, Path(config.storage) / config.name)[-1]
+    tables = {name: last.table(name) for name in SETS}
+    return {name: np.nan_to_num(table.sort_by("key")["dice"].to_numpy()) for name, table in tables.items() if table}
 
 
-def _table(cells: list[Cell]) -> str:
+def _by_way(cells: list[Cell], table: str) -> Found:
+    """Dice of all seeds after one another, in the same order everywhere; of the ways that have such a table."""
+    ways = dict.fromkeys((cell.name, cell.k) for cell in cells if table in cell.dice)
+    return {way: np.concatenate([cell.dice[table] for cell in cells if (cell.name, cell.k) == way]) for way in ways}
+
+
+def _table(found: Found) -> str:
     """A row for each way and k."""
-    found = _by_way(cells)
-    base, lines = found["no self-training", 0], []
-    ways = [way for way in found if way != ("no self-training", 0)]
+    base, lines = found[BASE], []
+    ways = [way for way in found if way != BASE]
     against = [(compare(found[way], base), compare(found[way], found.get(("random", way[1]), base))) for way in ways]
     corrected = np.reshape(holm([each.p for pair in against for each in pair]), (-1, 2))
-    head = ["selection", "k", "Dice mean", "95 %", "worst", "- base", "p", "- random", "p"]
+    head = ["selection", "k", "mean", "95 %", "worst", "- base", "p", "- random", "p"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for way in [("no self-training", 0), *ways]:
+    for way in [BASE, *ways]:
         dice = found[way]
         low, high = interval(dice.tolist())
-        cells_ = [way[0], str(way[1] or ""), f"{dice.mean():.4f}", f"{low:.4f} to {high:.4f}", f"{dice.min():.4f}"]
+        row = [way[0], str(way[1] or ""), f"{dice.mean():.4f}", f"{low:.4f} to {high:.4f}", f"{dice.min():.4f}"]
         if way in ways:
             pair, ps = against[ways.index(way)], corrected[ways.index(way)]
-            cells_ += [
-                text for each, p in zip(pair, ps, strict=True) for text in (f"{each.difference:+.4f}", f"{p:.2g}")
-            ]
-        lines.append("| " + " | ".join(cells_ + [""] * (len(head) - len(cells_))) + " |")
+            row += [text for each, p in zip(pair, ps, strict=True) for text in (f"{each.difference:+.4f}", f"{p:.2g}")]
+        lines.append("| " + " | ".join(row + [""] * (len(head) - len(row))) + " |")
     return "\n".join(lines)
 
 
-def _by_way(cells: list[Cell]) -> dict[tuple[str, int], np.ndarray]:
-    """Dice of all seeds after one another, in the same order everywhere."""
-    ways = dict.fromkeys((cell.name, cell.k) for cell in cells)
-    return {way: np.concatenate([cell.dice for cell in cells if (cell.name, cell.k) == way]) for way in ways}
-
-
-def _plot(cells: list[Cell], path: Path) -> None:
-    found = _by_way(cells)
+def _plot(found: Found, path: Path) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for name, colour in COLOURS.items():
@@ -174,7 +175,7 @@ def _plot(cells: list[Cell], path: Path) -> None:
         bounds = np.array([interval(found[name, k].tolist()) for k in ks])
         axes.plot(ks, means, marker="o", color=colour, label=name)
         axes.fill_between(ks, bounds[:, 0], bounds[:, 1], color=colour, alpha=0.08)
-    for name, style in (("no self-training", ":"), ("all labels", "--")):
+    for (name, _), style in ((BASE, ":"), (("all labels", 0), "--")):
         axes.axhline(found[name, 0].mean(), color="black", linestyle=style, label=name)
     axes.set(xlabel="k, pseudo-labelled scans of a round", ylabel="mean Dice on the test heads", xscale="log")
     axes.set_xticks(ks, [str(k) for k in ks])

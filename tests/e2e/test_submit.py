@@ -82,6 +82,7 @@ def test_no_such_job_is_one_sentence(head: Head, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("answer", "state"), [("y\n", "stopped"), ("n\n", "running")])
 def test_ctrl_c_asks_whether_to_stop(head: Head, settings: list[str], tmp_path: Path, answer: str, state: str) -> None:
     ours, theirs = pty.openpty()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # children inherit it where a test runner ignores it
     with subprocess.Popen(
         [*CLI, "submit", *settings, "--address", head.url],
         cwd=tmp_path,
