@@ -70,15 +70,15 @@ def s3_server() -> Iterator[dict[str, str]]:
 
 @pytest.fixture
 def bucket(s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator["fs.FileSystem"]:
-    """A bucket named `heads`, reached as the environment says; new for each test."""
+    """A bucket named `heads`, reached as the environment says; empty for each test."""
     from pyarrow import fs
 
     for name, value in s3_server.items():
         monkeypatch.setenv(name, value)
-    store, _ = fs.FileSystem.from_uri("s3://heads?allow_bucket_creation=true&allow_bucket_deletion=true")
+    store, _ = fs.FileSystem.from_uri("s3://heads?allow_bucket_creation=true")
     store.create_dir("heads")
     yield fs.SubTreeFileSystem("heads", store)
-    store.delete_dir("heads")
+    store.delete_dir_contents("heads")
 
 
 @pytest.fixture(scope="session")
