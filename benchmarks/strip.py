@@ -30,7 +30,7 @@ from scipy.ndimage import zoom
 
 from onelabel.errors import SCAN_FAULTS
 from onelabel.imaging import metrics, volume
-from onelabel.tasks.cohort import manifest_rows
+from onelabel.tasks.sources import manifest_rows
 
 OURS = ("onelabel", "onelabel-mask")
 # As pip knows them; of the last one speed and memory alone mean something.

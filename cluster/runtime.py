@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import ray
 from ray._private import ray_constants
@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import onelabel
 from onelabel.configs.schema import ComputeConfig
-from onelabel.errors import ClusterError
+from onelabel.errors import ClusterError, OnelabelError, sentence
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -91,7 +91,16 @@ def in_job() -> bool:
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
-def check_shared(folder: Path, /) -> None:
+class Place(Protocol):
+    """A folder or a file, on a disk or in a store, as a path."""
+
+    def __truediv__(self, name: str, /) -> Self: ...
+    def touch(self) -> None: ...
+    def unlink(self) -> None: ...
+    def is_file(self) -> bool: ...
+
+
+def check_shared(folder: Place, /) -> None:
     """Refuse a folder that some node does not see.
 
     Raises
@@ -101,13 +110,13 @@ def check_shared(folder: Path, /) -> None:
     probe = folder / f".shared-{secrets.token_hex(8)}"
     probe.touch()
     try:
-        blind = [node for node, sees in _on_all_nodes(_is_file, probe).items() if not sees]
+        blind = {node: why for node, why in _on_all_nodes(_unseen, probe).items() if why}
     finally:
         probe.unlink()
-    if blind:
+    for node, why in blind.items():
         raise ClusterError(
-            f"storage '{folder}' is not shared: node {blind[0]} does not see what this one writes there; set"
-            " storage=FOLDER to one that all nodes mount"
+            f"storage '{folder}' is not shared: node {node} {why}; set storage=FOLDER to one that all nodes mount, or"
+            " to a store whose credentials all nodes have"
         )
 
 
@@ -181,8 +190,12 @@ def _reason(error: BaseException) -> str:
     return lines[-1]
 
 
-def _is_file(path: Path) -> bool:
-    return path.is_file()
+def _unseen(path: Place) -> str:
+    """Why this node does not see a file; nothing if it does."""
+    try:
+        return "" if path.is_file() else "does not see what this one writes there"
+    except (OnelabelError, OSError) as error:
+        return f"cannot reach it ({sentence(error)})"
 
 
 def _on_all_nodes(function: Callable[..., T], *arguments: Any) -> dict[str, T]:

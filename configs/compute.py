@@ -47,7 +47,10 @@ class ComputeConfig(Base):
 class TrackingConfig(Base):
     """MLflow."""
 
-    uri: str | None = Field(None, description="tracking URI; null: sqlite in the folder of the run")
+    uri: str | None = Field(
+        None,
+        description="tracking URI; null: sqlite in the folder of the run, or for one in an object store below ./mlruns",
+    )
     experiment: str = Field("onelabel", description="MLflow experiment")
     parent: str | None = Field(None, description="id of an MLflow run under which this one stands")
     every: int = Field(20, ge=1, description="steps between logged losses")

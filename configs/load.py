@@ -65,10 +65,15 @@ def parse(settings: Any) -> RunConfig:
         raise ConfigError(_sentence(error)) from None
 
 
+def text_of(config: BaseModel) -> str:
+    """All settings, defaults included, as YAML."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
 def dump(config: BaseModel, path: Path) -> None:
-    """Write all settings, defaults included, as YAML; the file appears under its name only when it is complete."""
+    """Write what `text_of` gives; the file appears under its name only when it is complete."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    unfinished.write_text(text_of(config))
     os.replace(unfinished, path)
 
 

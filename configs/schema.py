@@ -309,7 +309,7 @@ class RunConfig(Base):
 
     name: str = Field(pattern=r"^\w[\w.-]*$", description="folder of the run under `storage`")
     seed: int = Field(0, ge=0, description="seed of everything random")
-    storage: str = Field("runs", description="folder of all runs")
+    storage: str = Field("runs", description="folder of all runs: a path, or a URI such as s3://bucket/runs")
     data: DataConfig = Field(description="the scans")
     grid: GridConfig = Field(GridConfig(), description="the network's grid")
     synthesis: SynthesisConfig = Field(SynthesisConfig(), description="how label maps become images")

@@ -1,7 +1,6 @@
 """What the values of a label file mean."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -11,6 +10,7 @@ from onelabel.configs.data import BACKGROUND, FOREGROUND, DataConfig
 from onelabel.errors import DataError
 from onelabel.imaging import volume
 from onelabel.imaging.labels import IGNORE
+from onelabel.imaging.storage import AnyPath
 from onelabel.imaging.volume import Volume
 
 _UNNAMED = -2
@@ -44,7 +44,7 @@ class Classes:
     def __len__(self) -> int:
         return len(self.names)
 
-    def read(self, labels: NDArray[Any], path: str | Path, /) -> NDArray[np.int32]:
+    def read(self, labels: NDArray[Any], path: str | AnyPath, /) -> NDArray[np.int32]:
         """The class of every voxel (*size), IGNORE where nobody annotated; of the values (*size) of a file.
 
         Raises
@@ -77,7 +77,7 @@ class Classes:
         return written
 
 
-def load_target(image_path: str | Path, label_path: str | Path, classes: Classes, /) -> tuple[Volume, Volume]:
+def load_target(image_path: str | AnyPath, label_path: str | AnyPath, classes: Classes, /) -> tuple[Volume, Volume]:
     """Read an image and the class (*size) int32 of each of its voxels, IGNORE where nobody annotated.
 
     Raises

@@ -2,10 +2,6 @@
 
 import gzip
 import math
-import os
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +11,8 @@ from nibabel.spatialimages import SpatialImage
 from numpy.typing import DTypeLike, NDArray
 
 from onelabel.errors import DataError
+from onelabel.imaging import places, storage
+from onelabel.imaging.storage import AnyPath, path_of
 from onelabel.imaging.volume import Volume, open_image
 
 _GEOMETRY_FIELDS = (
@@ -24,7 +22,7 @@ _GEOMETRY_FIELDS = (
 
 
 def save(
-    volume: Volume, path: str | Path, /, *, like: str | Path | None = None, dtype: DTypeLike | None = None
+    volume: Volume, path: str | AnyPath, /, *, like: str | AnyPath | None = None, dtype: DTypeLike | None = None
 ) -> None:
     """Write a NIfTI file: it appears under its name only when it is complete.
 
@@ -32,30 +30,37 @@ def save(
     ----------
     volume : Volume
         (*size), or (*size, frames).
-    path : str or Path
+    path : str, or a path of a disk or a store
         Ends in .nii or .nii.gz; missing folders are made.
-    like : str or Path, optional
+    like : likewise, optional
         The image from which the volume was made: if it is NIfTI, its version and geometry (affines with their codes,
         voxel size, units) are taken over bit by bit.
     dtype : optional
         On disk; by default uint8 for booleans, else the array's own.
     """
-    path = _named(Path(path))
+    path = _named(path_of(path))
     wanted = np.dtype(dtype or (np.uint8 if volume.data.dtype == bool else volume.data.dtype))
     data = volume.data.astype(wanted, copy=False)
     if wanted.kind in "iu" and not np.array_equal(data, volume.data):
         raise DataError(f"{path} cannot be written as {wanted}: the volume holds values that it cannot represent.")
-    source = None if like is None else open_image(Path(like))
-    if source is None or not isinstance(source.header, nib.Nifti1Header):
+    if like is None:
         header = _header_at(volume.affine, data.shape)
-    elif source.shape[:3] != data.shape[:3]:
-        raise DataError(f"{like} has shape {source.shape}, the volume made from it {data.shape}: they must be equal.")
     else:
-        # Axes of length one belong to the shape too.
-        shape = source.shape if math.prod(source.shape) == data.size else data.shape
-        header = _header_like(source, shape)
+        with places.fetched(str(like)) as file:
+            header = _header_from(open_image(file), volume.affine, data.shape)
     header.set_data_dtype(wanted)
     _write(path, _block(header), data.astype(wanted.newbyteorder(header.endianness), copy=False))
+
+
+def _header_from(source: SpatialImage, affine: NDArray[np.float64], shape: tuple[int, ...]) -> nib.Nifti1Header:
+    """The header of what was made from an image, at `affine` where that is no NIfTI file."""
+    if not isinstance(source.header, nib.Nifti1Header):
+        return _header_at(affine, shape)
+    if source.shape[:3] != shape[:3]:
+        name = source.get_filename()
+        raise DataError(f"{name} has shape {source.shape}, the volume made from it {shape}: they must be equal.")
+    # Axes of length one belong to the shape too.
+    return _header_like(source, source.shape if math.prod(source.shape) == math.prod(shape) else shape)
 
 
 def save_inside(mask: NDArray[Any], path: str | Path, /, *, like: str | Path) -> None:
@@ -147,15 +152,15 @@ def _block_of(source: SpatialImage) -> bytes:
     return bytes(header.binaryblock).ljust(kind.single_vox_offset, b"\0")
 
 
-def _named(path: Path) -> Path:
+def _named(path: AnyPath) -> AnyPath:
     if not path.name.endswith((".nii.gz", ".nii")):
         raise DataError(f"{path} cannot be written: the name must end in .nii.gz or .nii.")
     return path
 
 
-def _write(path: Path, block: bytes, data: NDArray[Any]) -> None:
+def _write(path: AnyPath, block: bytes, data: NDArray[Any]) -> None:
     """Write what stands before the voxels, and the voxels; the same input gives the same bytes."""
-    with _complete(path) as unfinished, unfinished.open("wb") as file:
+    with storage.writing(path) as unfinished, unfinished.open("wb") as file:
         packed = gzip.GzipFile("", "wb", 1, file, mtime=0) if path.suffix == ".gz" else None
         to = packed or file
         to.write(block)
@@ -163,15 +168,3 @@ def _write(path: Path, block: bytes, data: NDArray[Any]) -> None:
             to.write(data[..., plane].tobytes("F"))
         if packed:
             packed.close()
-
-
-@contextmanager
-def _complete(path: Path) -> Iterator[Path]:
-    """A file to write, which gets its name when it is done."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{uuid.uuid4().hex}")
-    try:
-        yield unfinished
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -76,8 +76,10 @@ def matching(pattern: str, /) -> re.Pattern[str]:
 
 
 @contextmanager
-def fetched(place: str, /, *, scratch: Path) -> Iterator[Path]:
+def fetched(place: str, /, *, scratch: Path | None = None) -> Iterator[Path]:
     """A file on this machine, for as long as it is needed; of a pair such as .hdr and .img both are there.
+
+    scratch : folder for what is fetched
 
     Raises
     ------
@@ -87,7 +89,7 @@ def fetched(place: str, /, *, scratch: Path) -> Iterator[Path]:
         yield Path(place)
         return
     store, path = filesystem(place)
-    folder = scratch / uuid.uuid4().hex
+    folder = (scratch or Path(tempfile.gettempdir())) / f"onelabel-{uuid.uuid4().hex}"
     folder.mkdir(parents=True)
     try:
         with _network():
@@ -184,5 +186,6 @@ def _look(names: Sequence[str]) -> list[fs.FileInfo]:
     for group, places in groups.items():
         store = filesystem(names[places[0]])[0] if group else fs.LocalFileSystem()
         paths = [filesystem(names[place])[1] if group else names[place] for place in places]
-        found |= dict(zip(places, store.get_file_info(paths), strict=True))
+        with _network():
+            found |= dict(zip(places, store.get_file_info(paths), strict=True))
     return [found[place] for place in range(len(names))]

@@ -2,14 +2,13 @@
 
 import logging
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from onelabel.configs.augmentation import BinsConfig
-from onelabel.imaging import volume
+from onelabel.imaging import places, volume
 from onelabel.imaging.classes import Classes, load_target
 from onelabel.imaging.labels import HALF, BinnedScan, bin_scan, read_probability
 from onelabel.imaging.volume import Grid, Volume
@@ -69,8 +68,9 @@ def _load_probability(image_path: str, label_path: str, classes: Classes) -> tup
     if len(classes) == 2:
         image, share = volume.load_labelled(image_path, label_path, above=HALF)
         return image, [share]
-    image, file = volume.load(image_path), volume.open_image(Path(label_path))
-    shares = volume.voxels(file, Path(label_path))
+    image = volume.load(image_path)
+    with places.fetched(label_path) as file:
+        shares = volume.voxels(volume.open_image(file), file)
     return image, [Volume(share, image.affine) for share in np.moveaxis(shares, -1, 0)]
 
 

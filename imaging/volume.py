@@ -24,9 +24,10 @@ from nibabel.spatialimages import HeaderDataError, ImageDataError, SpatialImage
 from numpy.typing import NDArray
 
 from onelabel.errors import DataError
-from onelabel.imaging import files
+from onelabel.imaging import files, places
 from onelabel.imaging.labels import IGNORE
 from onelabel.imaging.resample import resample
+from onelabel.imaging.storage import AnyPath
 
 log = logging.getLogger(__name__)
 
@@ -89,8 +90,8 @@ class Grid:
     size: tuple[int, int, int]
 
 
-def load(path: str | Path, /, *, labels: bool = False) -> Volume:
-    """Read a 3D image, or a 3D label map, from NIfTI, MGZ or whatever else nibabel reads.
+def load(path: str | AnyPath, /, *, labels: bool = False) -> Volume:
+    """Read a 3D image, or a 3D label map, from NIfTI, MGZ or whatever else nibabel reads, be it at a path or a URI.
 
     Returns
     -------
@@ -102,10 +103,15 @@ def load(path: str | Path, /, *, labels: bool = False) -> Volume:
     DataError
         The file is missing, damaged, not 3D, has no usable affine, more than 1 % of its voxels are not finite, the
         image is constant, or the labels are not whole numbers.
+    ConnectionError
+        A URI cannot be reached.
     """
-    path = Path(path)
-    image = open_image(path)
-    return checked(voxels(image, path, labels=labels), image, path, labels=labels)
+    try:
+        with places.fetched(str(path)) as file:
+            image = open_image(file)
+            return checked(voxels(image, file, labels=labels), image, file, labels=labels)
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist: check the path.") from None
 
 
 def open_image(path: Path, /) -> SpatialImage:
@@ -159,7 +165,7 @@ def checked(
     return volume
 
 
-def load_labelled(image_path: str | Path, label_path: str | Path, /, *, above: int = 0) -> tuple[Volume, Volume]:
+def load_labelled(image_path: str | AnyPath, label_path: str | AnyPath, /, *, above: int = 0) -> tuple[Volume, Volume]:
     """Read an image and its label map, which must lie on the same voxel grid; what is `above` is structure.
 
     Raises

@@ -2,10 +2,9 @@
 
 import hashlib
 import json
-import os
 import pickle
-import shutil
 import subprocess
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from platform import python_version
@@ -18,11 +17,13 @@ from torch import nn
 from onelabel import __version__
 from onelabel.configs.schema import NetworkConfig, UNetConfig
 from onelabel.errors import CheckpointError
+from onelabel.imaging import storage
+from onelabel.imaging.storage import AnyPath
 from onelabel.models import networks
 
 DEFAULT = Path(__file__).parent / "brain"  # comes with onelabel: docs/model-card.md
 _WEIGHTS = "weights.pt"
-_META = "meta.json"
+META = "meta.json"  # comes last
 
 
 @dataclass(frozen=True)
@@ -55,37 +56,35 @@ class Meta:
         object.__setattr__(self, "classes", tuple(self.classes))
 
 
-def save(folder: Path, network: nn.Module, meta: Meta, /) -> None:
+def save(folder: AnyPath, network: nn.Module, meta: Meta, /) -> None:
     """Write a checkpoint as a whole or not at all."""
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    torch.save(network.state_dict(), temporary / _WEIGHTS)
-    (temporary / _META).write_text(json.dumps(asdict(meta), indent=1, sort_keys=True))
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    with storage.building(folder, last=META) as unfinished:
+        torch.save(network.state_dict(), unfinished / _WEIGHTS)
+        (unfinished / META).write_text(json.dumps(asdict(meta), indent=1, sort_keys=True))
 
 
-def load(path: Path, /) -> tuple[nn.Module, Meta]:
+def load(path: AnyPath, /) -> tuple[nn.Module, Meta]:
     """Read a checkpoint folder, or the newest one in a run's folder; the network comes in evaluation mode.
 
     Raises
     ------
     CheckpointError : nothing there, or not a checkpoint of this version.
+    StorageError : an object store that does not answer.
     """
     folder = find(path)
     try:
-        meta = Meta(**json.loads((folder / _META).read_text()))
+        meta = Meta(**json.loads((folder / META).read_text()))
         config: Any = TypeAdapter(NetworkConfig).validate_python(meta.network)
         network = networks.build(config)
-        network.load_state_dict(torch.load(folder / _WEIGHTS, map_location="cpu", weights_only=True))
+        with storage.local(folder / _WEIGHTS) as weights:
+            network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     except (OSError, EOFError, ValueError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"checkpoint '{folder}' cannot be read ({reason}); train it again") from None
     return network.eval(), meta
 
 
-def load_segmenter(path: Path, /) -> tuple[nn.Module, Meta]:
+def load_segmenter(path: AnyPath, /) -> tuple[nn.Module, Meta]:
     """Like `load`, for checkpoints that segment images."""
     network, meta = load(path)
     if meta.network["type"] != UNetConfig().type:
@@ -94,7 +93,7 @@ def load_segmenter(path: Path, /) -> tuple[nn.Module, Meta]:
     return network, meta
 
 
-def _check_grid(path: Path, meta: Meta) -> None:
+def _check_grid(path: AnyPath, meta: Meta) -> None:
     """The grid must be one that the network can work on."""
     try:
         size, spacing_mm = tuple(meta.grid["size"]), tuple(meta.grid["spacing_mm"])
@@ -109,26 +108,33 @@ def _check_grid(path: Path, meta: Meta) -> None:
         raise CheckpointError(f"checkpoint '{path}' has a grid {meta.grid} that its network cannot use; train it again")
 
 
-def digest(path: Path, /) -> str:
+def digest(path: AnyPath, /) -> str:
     """Tells one trained network, with all that belongs to it, from any other.
 
     Raises
     ------
     CheckpointError : there is none.
     """
-    folder, known = find(path), hashlib.sha256()
-    for file in sorted(file for file in folder.rglob("*") if file.is_file()):
-        known.update(file.relative_to(folder).as_posix().encode() + b"\0")
-        known.update(file.read_bytes())
+    known = hashlib.sha256()
+    with storage.local(find(path)) as folder:
+        for file in sorted(file for file in folder.rglob("*") if file.is_file()):
+            known.update(file.relative_to(folder).as_posix().encode() + b"\0")
+            known.update(file.read_bytes())
     return known.hexdigest()[:16]
 
 
-def find(path: Path, /) -> Path:
+def is_there(folder: AnyPath, /) -> bool:
+    """Whether a checkpoint folder is complete."""
+    return (folder / META).is_file()
+
+
+def find(path: AnyPath, /) -> AnyPath:
     """The checkpoint folder itself, or that of the last trained round in a run's folder."""
-    if (path / _META).is_file():
+    if is_there(path):
         return path
     # By length first: round-100 comes after round-99.
-    found = sorted(path.glob(f"round-*/checkpoint/{_META}"), key=lambda meta: (len(str(meta)), meta))
+    metas: Iterable[AnyPath] = path.glob(f"round-*/checkpoint/{META}")
+    found = sorted(metas, key=lambda meta: (len(str(meta)), str(meta)))
     if not found:
         raise CheckpointError(f"no checkpoint at '{path}'; give a checkpoint folder or the folder of a run")
     return found[-1].parent

@@ -1,7 +1,6 @@
 """A checkpoint as a function: a scan in, its mask out, in the scan's own grid."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import cc3d
 import fill_voids
@@ -15,6 +14,7 @@ from onelabel.imaging import edges, volume
 from onelabel.imaging.classes import Classes
 from onelabel.imaging.prepare import image_on_grid
 from onelabel.imaging.resample import box
+from onelabel.imaging.storage import AnyPath
 from onelabel.imaging.volume import Grid, Volume
 from onelabel.models.checkpoint import load_segmenter
 from onelabel.models.networks.unet import set_dropout
@@ -40,7 +40,7 @@ class Prediction:
 class Predictor:
     """Segments scans with a checkpoint."""
 
-    def __init__(self, checkpoint: Path, /, *, device: str = "cpu", precision: str = "auto") -> None:
+    def __init__(self, checkpoint: AnyPath, /, *, device: str = "cpu", precision: str = "auto") -> None:
         self.network, self.meta = load_segmenter(checkpoint)
         self.device = torch.device(device)
         self.network.to(self.device)

@@ -1,7 +1,6 @@
 """What a checkpoint knows about the trust in its own masks: a ranker, and the Dice that its scores speak for."""
 
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ from pydantic import TypeAdapter
 
 from onelabel.configs.schema import RankerConfig, single_rankers
 from onelabel.errors import CheckpointError
+from onelabel.imaging import storage
+from onelabel.imaging.storage import AnyPath
 from onelabel.models import checkpoint, rankers
 from onelabel.models.predictor import Prediction, Predictor
 from onelabel.models.rankers.expectation import Expectation
@@ -23,7 +24,7 @@ _RANKER, _EXPECTATION = "ranker.json", "expectation.json"
 
 
 def save(
-    folder: Path, ranker: RankerConfig, fitted: Sequence[Path | None], expectation: Expectation, /, *, bad: float
+    folder: AnyPath, ranker: RankerConfig, fitted: Sequence[AnyPath | None], expectation: Expectation, /, *, bad: float
 ) -> None:
     """Put a ranker and what its scores speak for into a checkpoint, as a whole or not at all.
 
@@ -33,16 +34,13 @@ def save(
     fitted : checkpoint of the network of each of the ranker's `single_rankers`, or None
     bad : a mask whose expected Dice is lower is flagged
     """
-    unfinished = folder / f".{FOLDER}.{os.getpid()}"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
-    (unfinished / _RANKER).write_text(json.dumps({"ranker": ranker.model_dump(mode="json"), "bad": bad}))
-    expectation.save(unfinished / _EXPECTATION)
-    for place, path in enumerate(fitted):
-        if path:
-            shutil.copytree(path, unfinished / str(place))
-    shutil.rmtree(folder / FOLDER, ignore_errors=True)
-    unfinished.rename(folder / FOLDER)
+    with storage.building(folder / FOLDER, last=_RANKER) as unfinished:
+        (unfinished / _RANKER).write_text(json.dumps({"ranker": ranker.model_dump(mode="json"), "bad": bad}))
+        expectation.save(unfinished / _EXPECTATION)
+        for place, path in enumerate(fitted):
+            if path:
+                with storage.local(path) as network:
+                    shutil.copytree(network, unfinished / str(place))
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,7 @@ class Quality:
         return Trust(score, expected, low, high, expected < self.bad or not prediction.mask.data.any())
 
 
-def load(folder: Path, predictor: Predictor, /) -> Quality | None:
+def load(folder: AnyPath, predictor: Predictor, /) -> Quality | None:
     """What a checkpoint (or the newest one in a run's folder) knows of its masks, if anything.
 
     Raises
@@ -94,4 +92,7 @@ def load(folder: Path, predictor: Predictor, /) -> Quality | None:
     CheckpointError : it is there, but cannot be read.
     """
     found = checkpoint.find(folder) / FOLDER
-    return Quality(found, predictor) if found.is_dir() else None
+    if not found.is_dir():
+        return None
+    with storage.local(found) as here:
+        return Quality(here, predictor)

@@ -5,7 +5,7 @@ OnelabelError
 ├── DataError        a file or a cohort: not an image, wrong dimensions, label and image on different grids
 ├── CheckpointError  a checkpoint that is missing, incomplete or was made for another network
 └── ClusterError     machines: a node that is lost, a demand that the cluster can never meet
-    └── StorageError storage that cannot be written to: no scan's fault
+    └── StorageError storage that cannot be written to, or does not answer: no scan's fault
 
 Every message is one sentence that names the value, the rule it breaks, and what to do.
 """
@@ -32,7 +32,7 @@ class ClusterError(OnelabelError):
 
 
 class StorageError(ClusterError):
-    """Results cannot be written."""
+    """Storage, be it disks or an object store, refuses or does not answer."""
 
 
 SCAN_FAULTS = (OnelabelError, OSError, ValueError, RuntimeError, MemoryError)

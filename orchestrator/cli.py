@@ -181,7 +181,8 @@ def strip(
     ],
     out: Annotated[str, typer.Option(help="Folder or URI for the masks and strip.parquet.")],
     checkpoint: Annotated[
-        Path | None, typer.Option(help="A checkpoint folder, or the folder of a run; by default onelabel's own.")
+        str | None,
+        typer.Option(metavar="PATH", help="A checkpoint folder, or the folder of a run; by default onelabel's own."),
     ] = None,
     image: Annotated[bool, typer.Option("--image", help="Write the stripped image too.")] = False,
     distance: Annotated[bool, typer.Option("--distance", help="Write the signed distance to the edge, in mm.")] = False,
@@ -208,13 +209,14 @@ def strip(
 
     onelabel strip study/ --out study/derivatives/onelabel
     """
+    from onelabel.imaging.storage import path_of
     from onelabel.orchestrator import strip as stripping
     from onelabel.tasks.strip_worker import Settings
 
     outcome = stripping.strip(
         inputs,
         out=out,
-        checkpoint=checkpoint,
+        checkpoint=path_of(checkpoint) if checkpoint else None,
         settings=Settings(device, threads, trust, border, each_frame),
         where=stripping.entities(subject, session, suffix),
         image=image,
@@ -239,7 +241,7 @@ def rank(
     out: Annotated[Path, typer.Option(help="Table to write, .parquet or .csv.")],
     images: Annotated[str | None, typer.Option(help="Scans of the masks, named like them; needs --checkpoint.")] = None,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="A checkpoint or run folder whose network looks at the scans.")
+        str | None, typer.Option(metavar="PATH", help="A checkpoint or run folder whose network looks at the scans.")
     ] = None,
     settings: Annotated[
         list[str] | None,
@@ -247,10 +249,12 @@ def rank(
     ] = None,
 ) -> None:
     """Say which masks to trust: a score, an expected Dice and flags for each, learned from one labelled scan."""
+    from onelabel.imaging.storage import path_of
     from onelabel.orchestrator import rank as ranking
 
+    network = path_of(checkpoint) if checkpoint else None
     table = ranking.rank(
-        masks, image=image, mask=mask, out=out, images=images, segmenter=checkpoint, settings=settings or ()
+        masks, image=image, mask=mask, out=out, images=images, segmenter=network, settings=settings or ()
     )
     rows = table.to_pylist()
     errors = [row for row in rows if row["error"]]
@@ -296,22 +300,24 @@ def evaluate(
 
 
 @app.command()
-def status(folder: Annotated[Path, typer.Argument(help="Folder of a run.")]) -> None:
+def status(folder: Annotated[str, typer.Argument(help="Folder of a run: path or URI.")]) -> None:
     """Show how far a run is, and how good."""
+    from onelabel.imaging.storage import path_of
     from onelabel.orchestrator.status import read
 
-    _show_rounds(read(folder))
+    _show_rounds(read(path_of(folder)))
 
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    folder: Annotated[str, typer.Argument(help="Folder of a run: path or URI.")],
     out: Annotated[Path | None, typer.Option(help="HTML file; report.html in the folder when not given.")] = None,
 ) -> None:
     """Write a page with the figures, plots and masks of a run."""
+    from onelabel.imaging.storage import path_of
     from onelabel.orchestrator import page
 
-    typer.echo(page.write(folder, out))
+    typer.echo(page.write(path_of(folder), out))
 
 
 def _wants(question: str) -> bool:

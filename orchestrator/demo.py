@@ -8,6 +8,7 @@ import yaml
 
 from onelabel.configs.load import PRESETS, parse
 from onelabel.errors import DataError
+from onelabel.imaging.storage import AnyPath
 from onelabel.orchestrator import demo_data, driver
 from onelabel.orchestrator.rounds import Round, plan
 
@@ -30,12 +31,12 @@ class Demo:
     selected_in: dict[str, list[str]]
 
     @property
-    def masks(self) -> Path:
+    def masks(self) -> AnyPath:
         """Folder of the last round's masks."""
         return self.rounds[-1].folder / "masks"
 
     @property
-    def picture(self) -> Path:
+    def picture(self) -> AnyPath:
         """The last round's best and worst masks on their scans."""
         return self.rounds[-1].folder / "best-and-worst.png"
 
@@ -83,7 +84,7 @@ def tables(demo: Demo, /) -> list[Table]:
     ]
 
 
-def places(demo: Demo, /) -> list[tuple[str, Path]]:
+def places(demo: Demo, /) -> list[tuple[str, AnyPath]]:
     """What lies where."""
     return [("masks", demo.masks), ("picture", demo.picture), ("network", demo.rounds[-1].checkpoint)]
 

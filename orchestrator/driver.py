@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -14,6 +13,7 @@ import ray
 from onelabel.cluster import resources, runtime
 from onelabel.configs.schema import RunConfig
 from onelabel.errors import SCAN_FAULTS, ClusterError, StorageError, last_line, sentence
+from onelabel.imaging.storage import AnyPath
 from onelabel.orchestrator import page
 from onelabel.orchestrator.console import stage
 from onelabel.orchestrator.rounds import Round, plan
@@ -38,13 +38,13 @@ class Outcome:
     mlflow_command : opens what was logged
     """
 
-    folder: Path
+    folder: AnyPath
     failures: int
     rounds: list[dict[str, Any]]
     mlflow_command: str
 
     @property
-    def report(self) -> Path:
+    def report(self) -> AnyPath:
         """The page about the run, where it could be written."""
         return self.folder / page.NAME
 
@@ -59,8 +59,16 @@ def run(config: RunConfig, /, on_round: Callable[[dict[str, Any]], None] | None 
     Raises
     ------
     OnelabelError : before any training, when the config, the data or the cluster cannot do it; later, when the
-        cluster or its storage fails.
+        cluster or its storage fails: what is finished is kept.
     """
+    try:
+        return _run(config, on_round)
+    except ConnectionError as error:  # of a scan's store, outside of what costs one scan alone
+        reason = sentence(error)
+        raise StorageError(f"a store does not answer ({reason}); give the same command again to go on") from error
+
+
+def _run(config: RunConfig, on_round: Callable[[dict[str, Any]], None] | None) -> Outcome:
     cohorts, folder = open_cohorts(config), open_folder(config)
     rounds = plan(config, folder)
     news = not all(now.done for now in rounds)
@@ -87,11 +95,11 @@ def run(config: RunConfig, /, on_round: Callable[[dict[str, Any]], None] | None 
 
 
 @contextmanager
-def mendable(folder: Path) -> Iterator[None]:
+def mendable(folder: AnyPath) -> Iterator[None]:
     """What is nobody's mistake becomes a sentence."""
     try:
         yield
-    except ray.exceptions.RayTaskError:
+    except (ray.exceptions.RayTaskError, ConnectionError):
         raise
     except ray.exceptions.RayError as error:
         raise ClusterError(f"the cluster failed ({last_line(error)}); the same command goes on from here") from error
@@ -101,7 +109,7 @@ def mendable(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _report(folder: Path) -> None:
+def _report(folder: AnyPath) -> None:
     """Write the report; a run without one is a run all the same."""
     log.info("writing the report")
     try:

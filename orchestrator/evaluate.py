@@ -6,17 +6,20 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import combinations
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from onelabel.errors import SCAN_FAULTS, DataError, sentence
-from onelabel.imaging import metrics, volume
+from onelabel.imaging import metrics, places, volume
+from onelabel.imaging.storage import AnyPath, path_of
 from onelabel.imaging.volume import Volume
 from onelabel.orchestrator.statistics import compare, holm, interval
-from onelabel.tasks.cohort import IMAGE_ENDINGS, LABEL_ENDINGS, LABEL_FOLDERS, manifest_rows, open_cohort
+from onelabel.tasks import remote
+from onelabel.tasks.cohort import open_cohort
+from onelabel.tasks.sources import IMAGE_ENDINGS, LABEL_ENDINGS, LABEL_FOLDERS, manifest_rows
 from onelabel.tasks.strip import write_table
 from onelabel.tasks.strip_plan import stem
 
@@ -64,7 +67,7 @@ def evaluate(
     DataError : no masks on one side, two of one key, or no key on both sides.
     """
     ours, theirs = masks(predictions), masks(truth)
-    if len(ours) == len(theirs) == 1 and Path(predictions).is_file() and Path(truth).is_file():
+    if len(ours) == len(theirs) == 1 and path_of(predictions).is_file() and path_of(truth).is_file():
         ours = dict(zip(theirs, ours.values(), strict=True))
     if not ours.keys() & theirs.keys():
         raise DataError(
@@ -88,14 +91,14 @@ def groups_of(truth: str, column: str, /) -> dict[str, str]:
     ------
     DataError : the truth is no manifest, or has no such column.
     """
-    path = Path(truth)
-    if path.suffix not in _MANIFESTS:
+    if path_of(truth).suffix not in _MANIFESTS:
         raise DataError(f"{truth} is no manifest (CSV, TSV or Parquet): groups are read from a column of one")
-    listed = manifest_rows(path)
+    with places.fetched(truth) as file:
+        listed = manifest_rows(file)
     names = sorted({name for row in listed for name in row})
     if column not in names:
         raise DataError(f"{truth} has no column '{column}': it has {', '.join(names)}")
-    rows = open_cohort(path).rows()
+    rows = open_cohort(truth).rows()
     return {_short(row["key"]): str(other[column]) for row, other in zip(rows, listed, strict=True)}
 
 
@@ -160,17 +163,22 @@ def write(rows: Sequence[Row], path: Path, /) -> None:
     write_table(pa.Table.from_pylist(list(rows), schema=SCHEMA), path)
 
 
-def masks(source: str, /) -> dict[str, Path]:
+def masks(source: str, /) -> dict[str, AnyPath]:
     """Mask files by key.
 
     In a folder (or glob) that holds scans too, the masks are those named like one, or under `masks/` or `labels/`. Of a
     manifest the label column counts, or the images where a row has no label.
     """
-    path = Path(source)
+    path = path_of(source)
+    found: list[tuple[str, AnyPath]]
     if path.suffix in _MANIFESTS:
-        found = [(_short(row["key"]), Path(row["label"] or row["image"])) for row in open_cohort(path).rows()]
+        found = [(_short(row["key"]), path_of(row["label"] or row["image"])) for row in open_cohort(source).rows()]
+    elif isinstance(path, Path):
+        found = [(key, Path(file)) for key, file in _with_keys(_without_scans(_files(path)), _base(path))]
     else:
-        found = _with_keys(_without_scans(_files(path)), path)
+        files = {PurePosixPath("/", file.inside): file for file in remote.files(path)}
+        named = _with_keys(_without_scans([*files]), _base(PurePosixPath("/", path.inside)))
+        found = [(key, files[PurePosixPath(file)]) for key, file in named]
     if not found:
         raise DataError(f"{source} holds no masks: give a folder, a glob, a manifest or one file")
     double = [key for key, count in Counter(key for key, _ in found).items() if count > 1]
@@ -180,12 +188,12 @@ def masks(source: str, /) -> dict[str, Path]:
     return dict(found)
 
 
-def scans(source: str, /) -> dict[str, Path]:
+def scans(source: str, /) -> dict[str, AnyPath]:
     """Scans by the key that their masks would have."""
-    return {_short(row["key"]): Path(row["image"]) for row in open_cohort(source).rows()}
+    return {_short(row["key"]): path_of(row["image"]) for row in open_cohort(source).rows()}
 
 
-def _compare(key: str, prediction: Path | None, truth: Path) -> list[Row]:
+def _compare(key: str, prediction: AnyPath | None, truth: AnyPath) -> list[Row]:
     row: Row = dict.fromkeys(SCHEMA.names) | {"key": key, "truth": str(truth)}
     row["prediction"] = None if prediction is None else str(prediction)
     try:
@@ -245,7 +253,7 @@ def _files(path: Path) -> list[Path]:
     )
 
 
-def _without_scans(files: Sequence[Path]) -> Sequence[Path]:
+def _without_scans(files: Sequence[PurePath]) -> Sequence[PurePath]:
     """The files that are named like masks, or all where none is."""
     named = [file for file in files if stem(file).endswith(LABEL_ENDINGS) or file.parent.name in LABEL_FOLDERS]
     keys = {_short(stem(file)) for file in named}
@@ -255,22 +263,24 @@ def _without_scans(files: Sequence[Path]) -> Sequence[Path]:
     return named or files
 
 
-def _with_keys(files: Sequence[Path], root: Path) -> list[tuple[str, Path]]:
-    """Keys from names, and from folders too where files in different folders share a name."""
+def _with_keys(files: Sequence[PurePath], base: PurePath) -> list[tuple[str, PurePath]]:
+    """Keys from names, and from folders below base too where files in different folders share a name."""
     count = Counter(_short(stem(file)) for file in files)
     found = []
     for file in files:
         key = _short(stem(file))
         if count[key] > 1:
-            base = root if root.is_dir() else Path(*root.parts[: _fixed_parts(root)])
             key = "_".join((*file.parent.relative_to(base).parts, key))
         found.append((key, file))
     return found
 
 
-def _fixed_parts(pattern: Path) -> int:
-    """How many leading parts of a glob hold no wildcard."""
-    return next((i for i, part in enumerate(pattern.parts) if glob.has_magic(part)), len(pattern.parts))
+def _base(source: PurePath) -> PurePath:
+    """A folder itself; of a glob, the leading parts that hold no wildcard."""
+    if isinstance(source, Path) and source.is_dir():
+        return source
+    fixed = next((i for i, part in enumerate(source.parts) if glob.has_magic(part)), len(source.parts))
+    return type(source)(*source.parts[:fixed])
 
 
 def _short(name: str) -> str:

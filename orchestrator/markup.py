@@ -15,6 +15,8 @@ import jinja2
 
 from onelabel import __version__
 from onelabel.errors import DataError
+from onelabel.imaging import storage
+from onelabel.imaging.storage import AnyPath, StorePath
 from onelabel.orchestrator import plots
 from onelabel.orchestrator.report import Picture
 
@@ -53,8 +55,12 @@ def embed(picture: Picture, /) -> str:
 
 
 @contextmanager
-def complete(path: Path, /) -> Iterator[Path]:
+def complete(path: AnyPath, /) -> Iterator[Path]:
     """A file to write, which appears under its name when it is complete; DataError at once where it cannot."""
+    if isinstance(path, StorePath):
+        with storage.writing(path) as unfinished:
+            yield unfinished
+        return
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         if path.is_dir():

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from onelabel.errors import SCAN_FAULTS, ClusterError, sentence
+from onelabel.imaging.storage import AnyPath
 from onelabel.orchestrator import markup, sections, status, trust
 from onelabel.orchestrator.report import Picture
 from onelabel.orchestrator.sections import Run, Section
@@ -33,7 +34,7 @@ SECTIONS: dict[str, Callable[[Run], Section]] = {
 _FAULTS = (*SCAN_FAULTS, LookupError)
 
 
-def write(folder: Path, out: Path | None = None, /) -> Path:
+def write(folder: AnyPath, out: AnyPath | None = None, /) -> AnyPath:
     """Write the report of a run, finished or not; what is missing is a sentence in it.
 
     Parameters
@@ -82,7 +83,7 @@ def _pictures(section: Section) -> list[Picture]:
     return [*section.pictures, *(picture for part in section.parts.values() for picture in _pictures(part))]
 
 
-def _record(run: Run, page: Path, pictures: list[Picture]) -> None:
+def _record(run: Run, page: AnyPath, pictures: list[Picture]) -> None:
     """Make the page and its pictures artifacts of the run."""
     try:
         past = PastRun(run.config, run.folder)

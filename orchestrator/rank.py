@@ -18,6 +18,7 @@ from onelabel.configs.schema import (
     single_rankers,
 )
 from onelabel.errors import ConfigError, DataError
+from onelabel.imaging.storage import AnyPath
 from onelabel.imaging.volume import Grid
 from onelabel.models import checkpoint
 from onelabel.orchestrator.evaluate import check_target, masks, scans
@@ -42,7 +43,7 @@ def rank(
     mask: Path,
     out: Path,
     images: str | None = None,
-    segmenter: Path | None = None,
+    segmenter: AnyPath | None = None,
     settings: Sequence[str] = (),
 ) -> pa.Table:
     """Fit the ranker on the one true mask, judge all masks and write the table.
@@ -89,7 +90,7 @@ def rank(
     return table
 
 
-def _cohort(found: Mapping[str, Path], images: Mapping[str, Path]) -> Cohort:
+def _cohort(found: Mapping[str, AnyPath], images: Mapping[str, AnyPath]) -> Cohort:
     """The masks as labels of their scans, or of themselves where no scan is known."""
     missing = sorted(found.keys() - images.keys()) if images else []
     if missing:
@@ -102,7 +103,7 @@ def _cohort(found: Mapping[str, Path], images: Mapping[str, Path]) -> Cohort:
     return Cohort(pa.Table.from_pylist(rows, schema=SCHEMA))
 
 
-def _config(image: Path, mask: Path, out: Path, segmenter: Path | None, settings: Sequence[str]) -> RunConfig:
+def _config(image: Path, mask: Path, out: Path, segmenter: AnyPath | None, settings: Sequence[str]) -> RunConfig:
     """The settings, on the grid of the network if there is one."""
     # Another name, by which other settings do not meet, may be given.
     named = load(["rank", f"name={out.stem}.rank", *settings, "data.labelled=.", "data.unlabelled=."])
@@ -120,7 +121,7 @@ def _config(image: Path, mask: Path, out: Path, segmenter: Path | None, settings
     return config
 
 
-def _ranker(config: RunConfig, segmenter: Path | None) -> RankerConfig:
+def _ranker(config: RunConfig, segmenter: AnyPath | None) -> RankerConfig:
     """The preset's ranker; with a network a single one is joined by the agreement with its probabilities."""
     ranker = config.stages[0].ranker
     parts = single_rankers(ranker)

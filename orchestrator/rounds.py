@@ -1,9 +1,8 @@
 """Rounds on disk: a folder each, committed by a marker that is written last."""
 
+import io
 import json
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -11,6 +10,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from onelabel.configs.schema import RunConfig, StageConfig
+from onelabel.imaging import storage
+from onelabel.imaging.storage import AnyPath
 from onelabel.tasks.cohort import PROBABILITY, Cohort
 
 MARKER = "done"
@@ -20,7 +21,7 @@ MARKER = "done"
 class Round:
     """One round of a run. index counts over the whole run, number within its stage, both from 0."""
 
-    folder: Path
+    folder: AnyPath
     index: int
     number: int
     stage: StageConfig
@@ -31,7 +32,7 @@ class Round:
         return f"round-{self.index:02d} {self.stage.name}"
 
     @property
-    def checkpoint(self) -> Path:
+    def checkpoint(self) -> AnyPath:
         """The trained network."""
         return self.folder / "checkpoint"
 
@@ -43,21 +44,20 @@ class Round:
     def table(self, name: str) -> pa.Table | None:
         """A table of this round (`scores`, `selection`, `test`), if it was written."""
         path = self.folder / f"{name}.parquet"
-        return pq.read_table(path) if path.is_file() else None
+        return pq.read_table(io.BytesIO(path.read_bytes())) if path.is_file() else None
 
-    def write_table(self, name: str, table: pa.Table) -> Path:
+    def write_table(self, name: str, table: pa.Table) -> AnyPath:
         """Write a table as a whole or not at all."""
         path = self.folder / f"{name}.parquet"
-        temporary = path.with_suffix(".part")
-        pq.write_table(table, temporary)
-        os.replace(temporary, path)
+        with storage.writing(path) as unfinished:
+            pq.write_table(table, unfinished)
         return path
 
     def training(self, figures: dict[str, float] | None = None) -> dict[str, float]:
         """Keep what training came to, so that an attempt that finds it finished knows too; or read it."""
         path = self.folder / "training.json"
         if figures is not None:
-            path.write_text(json.dumps(figures))
+            storage.write_text(path, json.dumps(figures))
         return json.loads(path.read_text()) if path.is_file() else {}
 
     def metrics(self) -> dict[str, Any]:
@@ -67,13 +67,11 @@ class Round:
 
     def commit(self, metrics: dict[str, Any]) -> None:
         """Record the metrics, then mark the round as done."""
-        (self.folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
-        temporary = self.folder / f".{MARKER}"
-        temporary.write_text("")
-        os.replace(temporary, self.folder / MARKER)
+        storage.write_text(self.folder / "metrics.json", json.dumps(metrics, indent=1))
+        storage.write_text(self.folder / MARKER, "")
 
 
-def plan(config: RunConfig, folder: Path, /) -> list[Round]:
+def plan(config: RunConfig, folder: AnyPath, /) -> list[Round]:
     """All rounds of a run, in order."""
     rounds: list[Round] = []
     for stage in config.stages:

@@ -20,6 +20,7 @@ from onelabel.cluster import resources, runtime
 from onelabel.configs.load import absolute, dump
 from onelabel.configs.schema import RunConfig
 from onelabel.errors import ClusterError, ConfigError, OnelabelError
+from onelabel.imaging.places import is_uri
 from onelabel.imaging.random import derive
 from onelabel.orchestrator import surface, trials
 from onelabel.orchestrator.page import NAME
@@ -85,12 +86,15 @@ def search(config: RunConfig, /) -> Found:
         raise ConfigError("there is nothing to search: set search.space, or stack the preset `search`")
     if settings.sampler == "optuna" and not find_spec("optuna"):
         raise ConfigError("search.sampler 'optuna' needs a package: pip install 'onelabel[search]'")
+    if is_uri(config.storage):
+        raise ConfigError(f"storage '{config.storage}' cannot hold a search, which locks files: give a folder")
     objective = trials.objective(config)
     config = absolute(config)
     common = config.model_copy(update={"search": None, "storage": str(Path(config.storage) / config.name)})
     tried = trials.bases_first([_possible(common, point) for point in trials.points(config)])
     cohorts = _checked(tried)
-    folder = open_folder(config, record=RECORD)
+    open_folder(config, record=RECORD)
+    folder = trials.folder_of(config).resolve()
     preload()
     with runtime.connect(config.compute) as joined, Tracker(config, folder) as tracker:
         demands = [

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, compress
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from onelabel.configs.changes import changes
 from onelabel.configs.passwords import without_password
 from onelabel.configs.schema import RunConfig
 from onelabel.errors import SCAN_FAULTS, ClusterError, sentence
+from onelabel.imaging.storage import AnyPath
 from onelabel.orchestrator import plots, preview, report, status
 from onelabel.orchestrator.plots import Curve, Ranked
 from onelabel.orchestrator.report import Picture
@@ -86,7 +86,7 @@ class Scored:
 class Run:
     """A run, finished or not."""
 
-    folder: Path
+    folder: AnyPath
     config: RunConfig
 
     @cached_property

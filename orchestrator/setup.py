@@ -3,7 +3,6 @@
 import hashlib
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ import yaml
 
 from onelabel.cluster import runtime
 from onelabel.configs.data import Source
-from onelabel.configs.load import dump
+from onelabel.configs.load import text_of
 from onelabel.configs.schema import (
     AutoencoderRankerConfig,
     OracleRankerConfig,
@@ -21,8 +20,10 @@ from onelabel.configs.schema import (
 )
 from onelabel.configs.selection import TopKConfig
 from onelabel.errors import ClusterError, ConfigError, DataError, OnelabelError
+from onelabel.imaging import storage
 from onelabel.imaging.classes import Classes, load_target
 from onelabel.imaging.labels import IGNORE
+from onelabel.imaging.storage import AnyPath, path_of
 from onelabel.models.learners import LEARNERS
 from onelabel.tasks import streams
 from onelabel.tasks.cohort import Cohort, open_cohort
@@ -110,7 +111,7 @@ def _check_labels(labelled: Cohort, config: RunConfig) -> None:
     for row in labelled.rows():
         try:
             _, target = load_target(row["image"], row["label"], classes)
-        except OnelabelError as error:
+        except (OnelabelError, ConnectionError) as error:
             raise DataError(f"labelled scan '{row['key']}': {error}") from None
         unknown, *known = np.bincount(target.data.ravel() - IGNORE, minlength=len(classes) + 1).tolist()
         voxels += known
@@ -157,7 +158,7 @@ def needs(config: RunConfig, cohorts: Cohorts, /) -> dict[str, float]:
     return {"actor_bytes": streams.actor_bytes(seen), "store_bytes": store}
 
 
-def open_folder(config: RunConfig, /, *, record: str = _RECORD) -> Path:
+def open_folder(config: RunConfig, /, *, record: str = _RECORD) -> AnyPath:
     """The run's folder, made or, for the same settings, gone on with.
 
     Parameters
@@ -167,9 +168,10 @@ def open_folder(config: RunConfig, /, *, record: str = _RECORD) -> Path:
     Raises
     ------
     ClusterError : storage that cannot be written to, or would end with the job.
+    DataError : storage of an unknown kind, or with a password.
     ConfigError : the folder holds a run of other settings, or a record that cannot be read.
     """
-    folder = Path(config.storage) / config.name
+    folder = path_of(config.storage) / config.name
     if runtime.in_job() and not folder.is_absolute():
         raise ClusterError(
             f"storage '{config.storage}' lies in the folder of a submitted job, which Ray removes after it; set"
@@ -179,7 +181,7 @@ def open_folder(config: RunConfig, /, *, record: str = _RECORD) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
-        probe.write_text("")
+        storage.write_text(probe, "")
         probe.unlink()
     except OSError as error:
         raise ClusterError(f"storage '{folder}' is not writable ({error.strerror}); set storage=FOLDER") from None
@@ -190,11 +192,11 @@ def open_folder(config: RunConfig, /, *, record: str = _RECORD) -> Path:
             raise ConfigError(
                 f"'{folder}' holds a run with another {' and '.join(changed)}; choose another name=NAME, or remove it"
             )
-    dump(config, recorded)
+    storage.write_text(recorded, text_of(config))
     return folder.resolve()
 
 
-def _recorded(record: Path) -> dict[str, Any]:
+def _recorded(record: AnyPath) -> dict[str, Any]:
     try:
         settings = yaml.safe_load(record.read_text())
     except (yaml.YAMLError, UnicodeDecodeError):

@@ -1,7 +1,6 @@
 """How far a run is, read from its folder."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import yaml
@@ -9,6 +8,7 @@ import yaml
 from onelabel.configs.load import parse
 from onelabel.configs.schema import RunConfig
 from onelabel.errors import DataError
+from onelabel.imaging.storage import AnyPath
 from onelabel.orchestrator.rounds import plan
 
 RECORD = "config.yaml"
@@ -41,7 +41,7 @@ class RoundStatus:
         return self.name, self.stage, self.steps, self.state, *(self.figure(*place) for place in _FIGURES.values())
 
 
-def settings(folder: Path, /) -> RunConfig:
+def settings(folder: AnyPath, /) -> RunConfig:
     """The settings that a run was started with.
 
     Raises
@@ -55,7 +55,7 @@ def settings(folder: Path, /) -> RunConfig:
     return parse(yaml.safe_load(record.read_text(encoding="utf-8")))
 
 
-def read(folder: Path, /) -> list[RoundStatus]:
+def read(folder: AnyPath, /) -> list[RoundStatus]:
     """All rounds of a run, those to come included; raises as `settings` does."""
     rounds = []
     for now in plan(settings(folder), folder):

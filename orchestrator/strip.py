@@ -13,6 +13,7 @@ from pyarrow import fs
 from onelabel.errors import sentence
 from onelabel.imaging import places
 from onelabel.imaging.places import Folder
+from onelabel.imaging.storage import AnyPath
 from onelabel.tasks import strip as stripping
 from onelabel.tasks.strip_plan import Job
 from onelabel.tasks.strip_record import TABLE, Outcome
@@ -66,7 +67,7 @@ def entities(subjects: Values, sessions: Values, suffixes: Values, /) -> dict[st
 
 
 def _spread(
-    jobs: Sequence[Job], checkpoint: Path | None, settings: Settings, out: Folder, /, *, workers: int | None
+    jobs: Sequence[Job], checkpoint: AnyPath | None, settings: Settings, out: Folder, /, *, workers: int | None
 ) -> Iterator[Row]:
     alone = len(jobs) < FEW or (os.cpu_count() == 1 and "RAY_ADDRESS" not in os.environ)
     if len(jobs) == 1 or workers == 1 or (workers is None and alone):

@@ -6,7 +6,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -22,8 +21,10 @@ from onelabel.configs.schema import (
 )
 from onelabel.configs.streams import StreamConfig
 from onelabel.errors import DataError
+from onelabel.imaging import storage
 from onelabel.imaging.classes import Classes
 from onelabel.imaging.random import derive
+from onelabel.imaging.storage import AnyPath
 from onelabel.models import checkpoint, quality
 from onelabel.orchestrator import report
 from onelabel.orchestrator.console import bar
@@ -48,7 +49,7 @@ class Work:
 
     config: RunConfig
     cohorts: Cohorts
-    folder: Path
+    folder: AnyPath
     tracker: Tracker
     queue: Queue
     prepared: dict[str, list[Any]] = field(default_factory=dict)
@@ -61,7 +62,7 @@ class Work:
         self.seconds.clear()
         jobs: list[Job] = []
         with ExitStack() as stack:
-            if not now.checkpoint.is_dir():
+            if not checkpoint.is_there(now.checkpoint):
                 jobs.append(self._learning(now, previous, selection, track))
             if self.cohorts.unlabelled:
                 jobs += self._rankings(now.stage.ranker, stack)
@@ -73,7 +74,7 @@ class Work:
                     return now.training(figures[now.name])
         return now.training()
 
-    def fit_ranker(self, ranker: RankerConfig) -> tuple[Path | None, ...]:
+    def fit_ranker(self, ranker: RankerConfig) -> tuple[AnyPath | None, ...]:
         """Fit a ranker's networks, if no earlier attempt has; their checkpoints, or None for what has no network."""
         with ExitStack() as stack:
             jobs = self._rankings(ranker, stack)
@@ -81,7 +82,7 @@ class Work:
                 fit(jobs, compute=self.config.compute, folder=self.folder / "training", queue=self.queue)
         return self.fitted(ranker)
 
-    def fitted(self, ranker: RankerConfig | None) -> tuple[Path | None, ...]:
+    def fitted(self, ranker: RankerConfig | None) -> tuple[AnyPath | None, ...]:
         """The checkpoints of a ranker's networks."""
         parts = single_rankers(ranker)
         return tuple(self._fitted(part) if isinstance(part, AutoencoderRankerConfig) else None for part in parts)
@@ -121,7 +122,8 @@ class Work:
         if "scores" in tables:
             picture = now.folder / "best-and-worst.png"
             shown = extremes(tables["scores"], report.SHOWN)
-            report.best_and_worst(shown.to_pylist(), picture, title=now.name)
+            with storage.writing(picture) as unfinished:
+                report.best_and_worst(shown.to_pylist(), unfinished, title=now.name)
             track.artifact(picture)
         track.artifact(now.checkpoint)
         groups = {name: part for name, part in metrics.items() if isinstance(part, dict)}
@@ -148,7 +150,7 @@ class Work:
         """What of a ranker is still to be fitted."""
         jobs = []
         for place, part in enumerate(single_rankers(ranker)):
-            if isinstance(part, AutoencoderRankerConfig) and not self._fitted(part).is_dir():
+            if isinstance(part, AutoencoderRankerConfig) and not checkpoint.is_there(self._fitted(part)):
                 name = f"ranker {part.type}" + (f" {place + 1}" if place else "")
                 jobs.append(self._ranking(name, part, stack.enter_context(self.tracker.round(name))))
         return jobs
@@ -168,7 +170,7 @@ class Work:
         task: FitTask,
         sources: Mapping[str, tuple[StreamConfig, ...]],
         scans: Mapping[str, Scans],
-        out: Path,
+        out: AnyPath,
         track: RoundTracker,
     ) -> Job:
         """A task whose progress a bar and MLflow show."""
@@ -189,7 +191,7 @@ class Work:
 
         return Job(replace(task, every=self.config.tracking.every), built, out, shown)
 
-    def _fitted(self, config: AutoencoderRankerConfig) -> Path:
+    def _fitted(self, config: AutoencoderRankerConfig) -> AnyPath:
         """Where the checkpoint of the ranker's network is or will be."""
         return self.folder / "rankers" / f"{config.type}-{derive(config.model_dump_json()):014x}"
 

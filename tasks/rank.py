@@ -1,7 +1,6 @@
 """Judge masks that any tool made, by what one labelled scan teaches."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import cc3d
@@ -16,6 +15,7 @@ from onelabel.errors import DataError
 from onelabel.imaging import damage, metrics, random, synthesis, volume
 from onelabel.imaging.labels import LEVELS
 from onelabel.imaging.prepare import image_on_grid
+from onelabel.imaging.storage import AnyPath
 from onelabel.imaging.volume import Grid, Volume
 from onelabel.models import rankers
 from onelabel.models.networks.autoencoder import one_hot
@@ -52,9 +52,9 @@ class RankTask:
     probes : damaged masks of synthetic images, to learn what Dice a score speaks for
     """
 
-    segmenter: Path | None
+    segmenter: AnyPath | None
     ranker: RankerConfig
-    fitted: tuple[Path | None, ...]
+    fitted: tuple[AnyPath | None, ...]
     grid: Grid
     probes: Probes
     seed: int = 0

@@ -3,10 +3,9 @@
 import glob
 import posixpath
 import re
-import tempfile
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import PurePosixPath
 
 import pyarrow as pa
 from bids2table import parse_bids_entities
@@ -14,14 +13,20 @@ from pyarrow import fs
 
 from onelabel.errors import DataError
 from onelabel.imaging import places
-from onelabel.tasks.cohort import (
+from onelabel.imaging.storage import StorePath
+from onelabel.tasks.sources import (
     IMAGE_COLUMNS,
-    IMAGE_ENDINGS,
     LABEL_ENDINGS,
+    TWINS,
+    Pairs,
     Row,
+    as_rows,
     is_bids_image,
     keep,
     manifest_rows,
+    pair_by_ending,
+    pair_by_folder,
+    stem_of,
 )
 
 DESCRIPTION = "dataset_description.json"
@@ -41,15 +46,22 @@ def find(uri: str, /, *, where: Mapping[str, str | Sequence[str]] | None = None)
     DataError : no such store, nothing there, or a column that is missing.
     """
     store, path = places.filesystem(uri)
+    found = keep(rows(uri, any_type=bool({"suffix", "datatype"} & set(where or ()))), where or {}, uri)
+    return [_located(row, uri, path.rstrip("/")) for row in found]
+
+
+def rows(uri: str, /, *, any_type: bool) -> list[Row]:
+    """Like `find`, with the columns `image` and, where one is known, `label`; those of a manifest as they are there."""
+    store, path = places.filesystem(uri)
     try:
-        rows = _rows(uri, store, path, any_type=bool({"suffix", "datatype"} & set(where or ())))
+        found = _rows(uri, store, path.rstrip("/"), any_type=any_type)
     except (OSError, pa.ArrowException) as error:
         raise DataError(
             f"'{uri}' cannot be read ({' '.join(str(error).split())}): check the URI and the keys."
         ) from None
-    if not rows:
+    if not found:
         raise DataError(f"{uri} names no image: give a manifest, a folder, a glob, a BIDS dataset or an image there.")
-    return keep(rows, where or {}, uri)
+    return found
 
 
 def is_bids(uri: str, /) -> bool:
@@ -58,56 +70,76 @@ def is_bids(uri: str, /) -> bool:
     return bool(store.get_file_info(posixpath.join(path, DESCRIPTION)).type == fs.FileType.File)
 
 
+def files(place: StorePath, /) -> list[StorePath]:
+    """All images that a file, a folder or a glob names, in order, masks included.
+
+    Raises
+    ------
+    StorageError : the store does not answer.
+    """
+    with place.answering():
+        found = _files(place.store, place.key)
+    root = place.key.removesuffix(place.inside)
+    return [StorePath(place.root, str(name).removeprefix(root)) for name in found]
+
+
 def _rows(uri: str, store: fs.FileSystem, path: str, *, any_type: bool) -> list[Row]:
+    if PurePosixPath(path).suffix in _MANIFESTS and store.get_file_info(path).type == fs.FileType.File:
+        with places.fetched(uri) as file:
+            return manifest_rows(file)
+    found, root = _files(store, path), PurePosixPath(path)
+    if is_bids(uri):
+        images = [name for name in found if not stem_of(name).endswith(LABEL_ENDINGS)]
+        listed = {name: name.relative_to(root).as_posix() for name in images}
+        entities = {name: parse_bids_entities(inside) for name, inside in listed.items() if inside.startswith("sub-")}
+        return [
+            row | {"image": places.at(uri, str(name)), "label": None}
+            for name, row in entities.items()
+            if is_bids_image(row, any_type=any_type)
+        ]
+    beside = _files(store, str(root.parent), deep=False) if found == [root] else found
     if glob.has_magic(path):
-        base = re.split(r"[*?\[]", path)[0].rpartition("/")[0]
-        pattern = places.matching(path)
-        return [_row(uri, found, None) for found in _images(store, base) if pattern.match(found)]
-    if store.get_file_info(path).type == fs.FileType.File:
-        if PurePosixPath(path).suffix in _MANIFESTS:
-            return _manifest(uri, path)
-        return [_row(uri, path, None)]
-    found = [(name, posixpath.relpath(name, path)) for name in _images(store, path)]
-    if not is_bids(uri):
-        return [_row(uri, name, inside) for name, inside in found]
-    rows = [
-        parse_bids_entities(inside) | _row(uri, name, inside) for name, inside in found if inside.startswith("sub-")
+        beside = _files(store, _base(path))
+    return [
+        {name: place and places.at(uri, place) for name, place in row.items()}
+        for row in as_rows(_twins(found, root) or pair_by_ending(found, beside))
     ]
-    return [row for row in rows if is_bids_image(row, any_type=any_type)]
 
 
-def _images(store: fs.FileSystem, folder: str) -> list[str]:
-    """Paths of images, in order; not of those that are masks by their name."""
-    listed = store.get_file_info(fs.FileSelector(folder, recursive=True, allow_not_found=True))
-    names = sorted(info.path for info in listed if info.type == fs.FileType.File)
-    return [name for name in names if (stem := _stem(name)) and not stem.endswith(LABEL_ENDINGS)]
+def _twins(found: Sequence[PurePosixPath], root: PurePosixPath) -> Pairs:
+    """Pairs of twin folders below root."""
+    below = defaultdict(list)
+    for name in found:
+        if name.is_relative_to(root) and len(inside := name.relative_to(root).parts) > 1 and inside[0] in TWINS:
+            below[root / inside[0]].append(name)
+    return pair_by_folder(below.items())
 
 
-def _manifest(uri: str, path: str) -> list[Row]:
-    with tempfile.TemporaryDirectory() as scratch, places.fetched(uri, scratch=Path(scratch)) as file:
-        rows = manifest_rows(file)
-    columns = {name for row in rows for name in row}
-    column = next((name for name in IMAGE_COLUMNS if name in columns), None)
-    if rows and column is None:
-        raise DataError(f"{uri} has no column 'image': it has {', '.join(sorted(columns))}.")
-    return [row | _listed(uri, path, row, str(row[column or ""])) for row in rows]
+def _files(store: fs.FileSystem, path: str, *, deep: bool = True) -> list[PurePosixPath]:
+    """Paths of images, in order; hidden ones are unfinished, or a file system's own."""
+    if not glob.has_magic(path) and store.get_file_info(path).type == fs.FileType.File:
+        return [PurePosixPath(path)]
+    base = _base(path) if glob.has_magic(path) else path
+    listed = store.get_file_info(fs.FileSelector(base, recursive=deep, allow_not_found=True))
+    names = (PurePosixPath(info.path) for info in sorted(listed, key=lambda info: info.path) if info.is_file)
+    matches = places.matching(path).match if glob.has_magic(path) else lambda _: True
+    return [name for name in names if stem_of(name) and name.name[0] != "." and matches(str(name))]
 
 
-def _listed(uri: str, path: str, row: Row, image: str) -> Row:
-    """A scan of a manifest; a path in it is relative to the manifest, as long as it is no URI itself."""
-    image = places.localised(image)
+def _base(pattern: str) -> str:
+    """The folder below which all matches of a glob lie."""
+    return re.split(r"[*?\[]", pattern)[0].rpartition("/")[0]
+
+
+def _located(row: Row, uri: str, path: str) -> Row:
+    """A row with an absolute image, a key and its path in the folder that was named."""
+    column = next((name for name in IMAGE_COLUMNS if name in row), None)
+    if column is None:
+        raise DataError(f"{uri} has no column 'image': it has {', '.join(sorted(row))}.")
+    image = places.localised(str(row[column]))
     if not places.is_uri(image):
         image = places.at(uri, posixpath.normpath(posixpath.join(posixpath.dirname(path), image)))
-    return {"image": image, "key": row.get("key") or _stem(image) or PurePosixPath(image).stem, "inside": None}
-
-
-def _row(uri: str, path: str, inside: str | None) -> dict[str, Any]:
-    return {"image": places.at(uri, path), "key": _stem(path) or PurePosixPath(path).stem, "inside": inside}
-
-
-def _stem(path: str) -> str:
-    """A visible image's name without its ending; empty for anything else."""
-    name = PurePosixPath(path.partition("?")[0]).name
-    if name.startswith("."):
-        return ""
-    return next((name.removesuffix(end) for end in IMAGE_ENDINGS if name.endswith(end)), "")
+    name = PurePosixPath(image.partition("?")[0])
+    root = places.at(uri, path).partition("?")[0] + "/"
+    inside = image.partition("?")[0].removeprefix(root) if image.startswith(root) else None
+    return row | {"image": image, "key": row.get("key") or stem_of(name) or name.stem, "inside": inside}

@@ -2,10 +2,10 @@
 
 import logging
 import math
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ from onelabel.imaging import metrics, outputs, random, synthesis, volume
 from onelabel.imaging.classes import load_target
 from onelabel.imaging.labels import read_probability
 from onelabel.imaging.random import derive
+from onelabel.imaging.storage import AnyPath
 from onelabel.imaging.volume import Volume
 from onelabel.models import rankers
 from onelabel.models.predictor import Prediction, Predictor, clean, likeliest
@@ -87,8 +88,8 @@ class Pseudo:
     """
 
     config: PseudoLabelConfig
-    out: Path
-    earlier: tuple[Path, ...] = ()
+    out: AnyPath
+    earlier: tuple[AnyPath, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -102,10 +103,10 @@ class ScoreTask:
     structures : their names, if they are several: each has a column of Dice
     """
 
-    checkpoint: Path
-    out: Path
+    checkpoint: AnyPath
+    out: AnyPath
     ranker: RankerConfig | None = None
-    fitted: tuple[Path | None, ...] = ()
+    fitted: tuple[AnyPath | None, ...] = ()
     seed: int = 0
     probes: Probes | None = None
     pseudo: Pseudo | None = None
@@ -221,9 +222,11 @@ def _gathered(dataset: ray.data.Dataset, schema: pa.Schema) -> pa.Table:
             batches.append(batch)
             if len(unwritten := batch["unwritten"].drop_null()):
                 raise StorageError(f"{unwritten[0]}; make room or mend it, and the same command goes on from here")
-    except ray.exceptions.RayTaskError:  # a mistake of ours
-        raise
     except ray.exceptions.RayError as error:
+        if said := re.search(r"StorageError: (.+)", str(error)):
+            raise StorageError(said[1]) from error
+        if isinstance(error, ray.exceptions.RayTaskError):  # a mistake of ours
+            raise
         raise ClusterError(f"scoring failed ({last_line(error)}): the same command goes on from here") from error
     return pa.concat_tables(batches).drop_columns("unwritten")
 
@@ -292,7 +295,13 @@ class Scorer:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Mask, score and measures of a scan (key, image, label), or score and Dice of a probe."""
-        return self._score(row["key"], row["image"], row["label"]) if row["probe"] < 0 else self._probe(row["probe"])
+        if row["probe"] >= 0:
+            return self._probe(row["probe"])
+        try:
+            return self._score(row["key"], row["image"], row["label"])
+        except SCAN_FAULTS:
+            self.task.out.exists()  # raises if it is the storage that does not answer, and not one scan
+            raise
 
     def _score(self, key: str, image: str, label: str | None) -> dict[str, Any]:
         scan = volume.load(image)
@@ -364,7 +373,7 @@ class Scorer:
         return {"dice": metrics.mean_dice(mask, truth)} | self._rank(seen, probability)
 
 
-def _save(found: Volume, path: Path, /, *, like: str) -> None:
+def _save(found: Volume, path: AnyPath, /, *, like: str) -> None:
     """Write a mask or a probability; that it fails is not the scan's fault."""
     try:
         outputs.save(found, path, like=like)

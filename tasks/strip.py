@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from onelabel import __version__
 from onelabel.imaging import places
 from onelabel.imaging.places import Folder
+from onelabel.imaging.storage import AnyPath
 from onelabel.models import checkpoint as checkpoints
 from onelabel.models import quality
 from onelabel.models.predictor import Predictor
@@ -25,7 +26,7 @@ from onelabel.tasks.strip_worker import Row, Settings, Stripper
 
 log = logging.getLogger(__name__)
 
-Spread = Callable[[Sequence[Job], Path | None, Settings, Folder], Iterator[Row]]
+Spread = Callable[[Sequence[Job], AnyPath | None, Settings, Folder], Iterator[Row]]
 
 
 def strip(
@@ -33,7 +34,7 @@ def strip(
     /,
     *,
     out: str | Path,
-    checkpoint: Path | None = None,
+    checkpoint: AnyPath | None = None,
     settings: Settings | None = None,
     where: Where | None = None,
     image: bool = False,
@@ -67,7 +68,8 @@ def strip(
     folder = Folder(_absolute(str(out)))
     jobs = plan(inputs, where=where, image=image, distance=distance)
     check_apart(inputs, jobs, folder)
-    checkpoint = checkpoint.expanduser().resolve() if checkpoint else None
+    if isinstance(checkpoint, Path):
+        checkpoint = checkpoint.expanduser().resolve()
     known = checkpoint or checkpoints.DEFAULT
     quality.load(known, Predictor(known))
     record = Record(folder, _made(known, settings, image=image, distance=distance), overwrite=overwrite)
@@ -86,7 +88,7 @@ def strip(
     return outcome
 
 
-def in_process(jobs: Sequence[Job], checkpoint: Path | None, settings: Settings, out: Folder, /) -> Iterator[Row]:
+def in_process(jobs: Sequence[Job], checkpoint: AnyPath | None, settings: Settings, out: Folder, /) -> Iterator[Row]:
     """Strip scans one by one; yields their rows."""
     yield from map(Stripper(checkpoint, settings, out), jobs)
 
@@ -105,7 +107,7 @@ def write_table(table: pa.Table, path: Path, /) -> None:
         unfinished.unlink(missing_ok=True)
 
 
-def _made(checkpoint: Path, settings: Settings, *, image: bool, distance: bool) -> dict[str, Any]:
+def _made(checkpoint: AnyPath, settings: Settings, *, image: bool, distance: bool) -> dict[str, Any]:
     """What must be the same for all results of a folder."""
     return {
         "checkpoint": checkpoints.digest(checkpoint),

@@ -12,6 +12,7 @@ from nibabel.spatialimages import SpatialImage
 from numpy.typing import NDArray
 
 from onelabel.imaging import series
+from onelabel.imaging.storage import AnyPath, path_of
 from onelabel.tasks.strip_worker import Clock, Settings, Stripper, doubtful
 
 Scan = str | os.PathLike[str] | SpatialImage | tuple[NDArray[Any], NDArray[Any]]
@@ -68,7 +69,7 @@ def strip(
     ----------
     scan : path, nibabel image, or (array, affine)
         3D; of a 4D series the mask is made of the mean over the last axis, or with `each_frame` of each volume.
-    checkpoint : path
+    checkpoint : path or URI
         A checkpoint folder, or the folder of a run; None: the one that comes with onelabel, for brains. The last one
         used is kept in memory.
     device, threads, trust, border_mm, each_frame : see `Settings`
@@ -86,7 +87,7 @@ def strip(
     >>> found.mask.sum(), found.volume_ml, found.expected_dice  # doctest: +SKIP
     """
     settings = Settings(device, threads, trust, border_mm, each_frame)
-    stripper = _stripper(Path(checkpoint).resolve() if checkpoint else None, settings)
+    stripper = _stripper(path_of(os.fspath(checkpoint)).resolve() if checkpoint else None, settings)
     mask, worst, volume_ml = stripper.segment_all(_volumes(scan, each=each_frame), Clock())
     flags, known = worst.flags(), worst.trust
     return Stripped(
@@ -112,5 +113,5 @@ def _volumes(scan: Scan, *, each: bool) -> Any:
 
 
 @lru_cache(maxsize=1)
-def _stripper(checkpoint: Path | None, settings: Settings) -> Stripper:
+def _stripper(checkpoint: AnyPath | None, settings: Settings) -> Stripper:
     return Stripper(checkpoint, settings)

@@ -5,14 +5,15 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from onelabel.errors import DataError
 from onelabel.imaging import places
 from onelabel.imaging.places import Folder
 from onelabel.tasks import remote
-from onelabel.tasks.cohort import IMAGE_ENDINGS, open_cohort
+from onelabel.tasks.cohort import open_cohort
+from onelabel.tasks.sources import IMAGE_ENDINGS
 
 Where = Mapping[str, str | Sequence[str]]
 
@@ -116,7 +117,7 @@ def check_apart(inputs: Sequence[str], jobs: Sequence[Job], out: Folder, /) -> N
             )
 
 
-def stem(path: Path, /) -> str:
+def stem(path: PurePath, /) -> str:
     """A file's name without its ending."""
     return next((path.name.removesuffix(end) for end in IMAGE_ENDINGS if path.name.endswith(end)), path.stem)
 

@@ -4,7 +4,6 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 import pyarrow as pa
 import ray
@@ -12,6 +11,7 @@ import ray.data
 
 from onelabel.errors import ClusterError
 from onelabel.imaging.places import Folder
+from onelabel.imaging.storage import AnyPath
 from onelabel.tasks.strip_plan import Job
 from onelabel.tasks.strip_worker import SCHEMA, Row, Settings, Stripper
 
@@ -24,7 +24,7 @@ _LOST_SENTENCE = (
 class Worker:
     """An actor of the pool."""
 
-    def __init__(self, checkpoint: Path | None, settings: Settings, out: Folder) -> None:
+    def __init__(self, checkpoint: AnyPath | None, settings: Settings, out: Folder) -> None:
         self.stripper = Stripper(checkpoint, settings, out)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -34,7 +34,7 @@ class Worker:
 
 
 def over_ray(
-    jobs: Sequence[Job], checkpoint: Path | None, settings: Settings, out: Folder, /, *, workers: int, memory: float
+    jobs: Sequence[Job], checkpoint: AnyPath | None, settings: Settings, out: Folder, /, *, workers: int, memory: float
 ) -> Iterator[Row]:
     """Strip scans on a cluster that is connected; yields rows as they are done.
 

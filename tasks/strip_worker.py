@@ -22,6 +22,7 @@ from onelabel import __version__
 from onelabel.errors import SCAN_FAULTS, ClusterError, sentence
 from onelabel.imaging import edges, metrics, outputs, picture, places, series
 from onelabel.imaging.places import Folder
+from onelabel.imaging.storage import AnyPath
 from onelabel.imaging.volume import Volume
 from onelabel.models import checkpoint as checkpoints
 from onelabel.models import quality
@@ -125,7 +126,7 @@ class Stripper:
     ClusterError : cuda without a GPU.
     """
 
-    def __init__(self, checkpoint: Path | None, settings: Settings, out: Folder | None = None) -> None:
+    def __init__(self, checkpoint: AnyPath | None, settings: Settings, out: Folder | None = None) -> None:
         checkpoint = checkpoint or checkpoints.DEFAULT
         if settings.device == "cuda" and not torch.cuda.is_available():
             raise ClusterError("PyTorch finds no CUDA device on this machine: use device cpu")

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +18,9 @@ from ray.util.queue import Empty, Queue
 
 from onelabel.configs.schema import ComputeConfig
 from onelabel.errors import ClusterError, last_line
+from onelabel.imaging import storage
+from onelabel.imaging.storage import AnyPath
+from onelabel.models.checkpoint import META
 from onelabel.tasks import streams
 from onelabel.tasks.streams import Stream, SynthPool
 from onelabel.tasks.worker import WEIGHTS, FitTask, Row, work
@@ -41,7 +43,7 @@ class Job:
 
     task: FitTask
     sources: Mapping[str, Stream]
-    out: Path
+    out: AnyPath
     shown: Callable[[], AbstractContextManager[Callable[[Row], None]]]
 
 
@@ -50,7 +52,7 @@ def row_queue() -> Queue:
     return Queue(actor_options={"num_cpus": 0, "scheduling_strategy": streams.this_node()})
 
 
-def fit(jobs: Sequence[Job], /, *, compute: ComputeConfig, folder: Path, queue: Queue) -> dict[str, Row]:
+def fit(jobs: Sequence[Job], /, *, compute: ComputeConfig, folder: AnyPath, queue: Queue) -> dict[str, Row]:
     """Train one task after the other in the same workers, for to start them takes long, and leave the checkpoints.
 
     Parameters
@@ -64,7 +66,7 @@ def fit(jobs: Sequence[Job], /, *, compute: ComputeConfig, folder: Path, queue: 
 
     Raises
     ------
-    ClusterError : training failed more often than Ray Train may try again.
+    ClusterError : training failed more often than Ray Train may try again, or the store of the folder does not answer.
     """
     memory = streams.actor_bytes(max(stream.voxels for job in jobs for stream in job.sources.values()))
     # Elastic workers make their own.
@@ -77,27 +79,27 @@ def fit(jobs: Sequence[Job], /, *, compute: ComputeConfig, folder: Path, queue: 
         "queue": queue,
     }
     forget_torn(folder)
-    trainer = _trainer(settings, compute, folder, memory)
     try:
-        with _Listening(queue, jobs):
-            result = trainer.fit()
+        with storage.answering(folder), _Listening(queue, jobs):
+            result = _trainer(settings, compute, folder, memory).fit()
     except ray.train.TrainingFailedError as error:
         raise ClusterError(f"training in '{folder}' failed: {last_line(error)}; the same command resumes it") from error
     finally:
         pool.close()
     if result.checkpoint is None or result.metrics is None:
         raise ClusterError(f"training in '{folder}' left no checkpoint; the same command tries again")
-    with result.checkpoint.as_directory() as kept:
+    with storage.answering(folder), result.checkpoint.as_directory() as kept:
         for job in jobs:
-            _move(Path(kept) / WEIGHTS / job.task.name, job.out)
-    shutil.rmtree(folder, ignore_errors=True)
+            with storage.building(job.out, last=META) as unfinished:
+                shutil.copytree(Path(kept) / WEIGHTS / job.task.name, unfinished, dirs_exist_ok=True)
+    storage.remove(folder)
     figures: dict[str, Row] = result.metrics["figures"]
     for name, row in figures.items():
         _advise(name, row)
     return figures
 
 
-def forget_torn(folder: Path, /) -> None:
+def forget_torn(folder: AnyPath, /) -> None:
     """Where the last attempt died while Ray Train wrote which checkpoints there are, training begins anew."""
     known = folder / CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
     try:
@@ -121,7 +123,7 @@ def _advise(name: str, figures: Row) -> None:
         )
 
 
-def _trainer(settings: dict[str, Any], compute: ComputeConfig, folder: Path, memory: int) -> TorchTrainer:
+def _trainer(settings: dict[str, Any], compute: ComputeConfig, folder: AnyPath, memory: int) -> TorchTrainer:
     resources = {"CPU": compute.cpus_per_worker}
     if compute.gpus_per_worker:
         resources["GPU"] = compute.gpus_per_worker
@@ -177,12 +179,3 @@ class _Listening:
                     stack.close()
                     shown, show = name, stack.enter_context(self.jobs[name].shown())
                 show(row)
-
-
-def _move(source: Path, destination: Path) -> None:
-    destination.parent.mkdir(exist_ok=True)
-    temporary = destination.with_name(f".{destination.name}.{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(source, temporary)
-    shutil.rmtree(destination, ignore_errors=True)
-    temporary.rename(destination)

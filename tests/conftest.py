@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 if TYPE_CHECKING:
+    from pyarrow import fs
     from ray_head import Head
 
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -49,6 +50,35 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Head"]:
         started = Head(tmp_path_factory.mktemp("home"), Path(temp))
         yield started
         started.end()
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[dict[str, str]]:
+    """An S3 server on this machine: the environment that leads to it."""
+    import logging
+
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    running = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    running.start()
+    host, port = running.get_host_and_port()
+    keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_EC2_METADATA_DISABLED": "true"}
+    yield keys | {"AWS_ENDPOINT_URL": f"http://{host}:{port}"}
+    running.stop()
+
+
+@pytest.fixture
+def bucket(s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator["fs.FileSystem"]:
+    """A bucket named `heads`, reached as the environment says; empty for each test."""
+    from pyarrow import fs
+
+    for name, value in s3_server.items():
+        monkeypatch.setenv(name, value)
+    store, _ = fs.FileSystem.from_uri("s3://heads?allow_bucket_creation=true")
+    store.create_dir("heads")
+    yield fs.SubTreeFileSystem("heads", store)
+    store.delete_dir_contents("heads")
 
 
 @pytest.fixture(scope="session")

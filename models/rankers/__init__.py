@@ -1,7 +1,6 @@
 """Rankers: which masks to trust, without a truth."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -14,6 +13,7 @@ from onelabel.configs.schema import (
     SingleRankerConfig,
     single_rankers,
 )
+from onelabel.imaging.storage import AnyPath
 from onelabel.models import checkpoint
 from onelabel.models.rankers.autoencoder import AutoencoderRanker
 from onelabel.models.rankers.base import Ranker
@@ -46,7 +46,7 @@ def build(config: SingleRankerConfig, network: nn.Module | None = None, /, *, bf
 
 
 def load(
-    config: RankerConfig | None, fitted: Sequence[Path | None], /, *, device: torch.device, bf16: bool
+    config: RankerConfig | None, fitted: Sequence[AnyPath | None], /, *, device: torch.device, bf16: bool
 ) -> list[Ranker]:
     """The single rankers of a config on a device.
 

@@ -151,6 +151,7 @@ def test_a_record_that_fails_is_only_a_warning(folder: Path, caplog: pytest.LogC
         tracker.metrics({"no such $name": 1.0})
         tracker.artifact(folder / "missing")
     assert [record.levelname for record in caplog.records if record.name.startswith("onelabel")] == ["WARNING"] * 2
+    assert not (folder / "mlflow-waiting.jsonl").exists()
 
 
 @pytest.fixture
@@ -160,21 +161,58 @@ def deaf_server() -> Iterator[str]:
         yield f"http://user:secret@127.0.0.1:{server.getsockname()[1]}"
 
 
-def test_a_server_that_is_not_there(tmp_path: Path) -> None:
+def test_what_a_server_that_is_not_there_should_know_waits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     begin = time.monotonic()
-    with pytest.raises(ClusterError, match="MLflow at 'http://127.0.0.1:9' cannot be used .*Connection refused"):
-        Tracker(config(tracking={"uri": "http://127.0.0.1:9"}), tmp_path)
-    assert time.monotonic() - begin < 5
+    with Tracker(config(tracking={"uri": "http://127.0.0.1:9"}), tmp_path) as tracker:
+        with tracker.round("round-00") as track:
+            track.losses(loss(1))
+        assert (tracker.run_id, track.run_id) == (None, None)
+    assert time.monotonic() - begin < 10
+    waiting = [json.loads(line) for line in (tmp_path / "mlflow-waiting.jsonl").read_text().splitlines()]
+    assert [(entry["run"], entry["what"]) for entry in waiting] == [
+        *(("", what) for what in ("begin", "parameters")),
+        *(("round-00", what) for what in ("begin", "metrics", "end")),
+        ("", "end"),
+    ]
+    assert "MLflow does not answer (" in caplog.text and "Connection refused" in caplog.text
+    assert "6 records for MLflow wait in" in caplog.text
 
 
-def test_a_server_that_does_not_answer(tmp_path: Path, deaf_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_waited_is_handed_over_in_order_and_once(other: Path) -> None:
+    away, there = {"uri": "http://127.0.0.1:9"}, {"uri": f"sqlite:///{other}/mlflow.db", "experiment": "late"}
+    picture = other / "picture.png"
+    picture.write_bytes(b"png")
+    with Tracker(config(tracking=away), other) as tracker, tracker.round("round-00") as track:
+        track.losses(loss(1))
+        track.artifact(picture)
+    with Tracker(config(tracking=there), other) as tracker, tracker.round("round-00") as track:
+        track.losses(loss(2))
+    assert not (other / "mlflow-waiting.jsonl").exists()
+    client = open_client(there["uri"])
+    assert history(client, str(track.run_id), "loss") == [(1, 1.0), (2, 0.5)]
+    assert [file.path for file in client.list_artifacts(track.run_id)] == ["picture.png"]
+    found = {
+        run.info.run_name: run.info for run in client.search_runs([client.get_run(tracker.run_id).info.experiment_id])
+    }
+    assert set(found) == {"trial", "round-00"}
+    assert {info.status for info in found.values()} == {"FINISHED"}
+
+
+def test_a_server_that_does_not_answer(
+    tmp_path: Path, deaf_server: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(
         "onelabel.orchestrator.tracking.IMPATIENCE",
         {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "1"},
     )
-    with pytest.raises(ClusterError, match="timed out") as caught:
-        Tracker(config(tracking={"uri": deaf_server}), tmp_path)
-    assert "secret" not in str(caught.value)
+    Tracker(config(tracking={"uri": deaf_server}), tmp_path)
+    assert "timed out" in caplog.text and "secret" not in caplog.text
+
+
+@pytest.mark.parametrize("uri", ["sqlite:////nowhere/at/all.db", "nonsense://x"])
+def test_what_is_no_mlflow_is_refused(tmp_path: Path, uri: str) -> None:
+    with pytest.raises(ClusterError, match=f"MLflow at '{uri}' cannot be used"):
+        Tracker(config(tracking={"uri": uri}), tmp_path)
 
 
 def test_a_database_of_ones_own(other: Path) -> None:

@@ -1,8 +1,7 @@
 """Scans and results in an object store: an S3 server on this machine."""
 
 import json
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,30 +24,12 @@ WriteScan = Callable[..., Path]
 Store = fs.FileSystem
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    from moto.server import ThreadedMotoServer
-
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    running = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    running.start()
-    host, port = running.get_host_and_port()
-    yield f"http://{host}:{port}"
-    running.stop()
-
-
-@pytest.fixture
-def bucket(server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Store]:
-    """A bucket named `heads`, reached as the environment says; new for each test."""
-    settings = {"AWS_ENDPOINT_URL": server, "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
-    for name, value in (settings | {"AWS_EC2_METADATA_DISABLED": "true", "TMPDIR": str(tmp_path / "tmp")}).items():
-        monkeypatch.setenv(name, value)
+@pytest.fixture(autouse=True)
+def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of the test's own for what is fetched."""
     (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
     monkeypatch.setattr("tempfile.tempdir", None)
-    store, _ = fs.FileSystem.from_uri("s3://heads?allow_bucket_creation=true&allow_bucket_deletion=true")
-    store.create_dir("heads")
-    yield fs.SubTreeFileSystem("heads", store)
-    store.delete_dir("heads")
 
 
 @pytest.fixture

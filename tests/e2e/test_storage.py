@@ -1,0 +1,184 @@
+"""A run that lies in an object store, scans included: killed, gone on with, cut off from its store, used."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from conftest import SETTINGS
+from processes import assert_same_run, kill_once, wait_for
+from pyarrow import fs
+
+from onelabel.imaging.storage import StorePath, path_of
+
+pytestmark = pytest.mark.e2e
+
+GROUPS = ("labelled", "unlabelled", "test")
+Ended = subprocess.CompletedProcess[str]
+
+
+class Shop:
+    """An S3 server that can be closed and opened again, with all that it holds."""
+
+    def __init__(self) -> None:
+        from moto.server import ThreadedMotoServer
+
+        self._open: Callable[[int], Any] = lambda port: ThreadedMotoServer("127.0.0.1", port, verbose=False)
+        self.running, self.port = self._open(0), 0
+        self.open()
+
+    def open(self) -> None:
+        self.running = self._open(self.port)
+        self.running.start()
+        self.port = self.running.get_host_and_port()[1]
+
+    def close(self) -> None:
+        self.running.stop()
+
+
+@pytest.fixture(scope="module")
+def shop() -> Iterator[Shop]:
+    shop = Shop()
+    settings = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{shop.port}", "AWS_EC2_METADATA_DISABLED": "true"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (settings | {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}).items():
+            patch.setenv(name, value)
+        fs.FileSystem.from_uri("s3://lab?allow_bucket_creation=true")[0].create_dir("lab")
+        yield shop
+    shop.close()
+
+
+@pytest.fixture(scope="module")
+def scans(shop: Shop, heads: Path) -> StorePath:
+    """The phantom heads and their manifests, in the store."""
+    folder = path_of("s3://lab/heads")
+    assert isinstance(folder, StorePath)
+    for file in heads.rglob("*"):
+        if file.is_file():
+            (folder / file.relative_to(heads).as_posix()).upload(file)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which commands are given: MLflow's database of a run in a store lies there."""
+    return tmp_path_factory.mktemp("here")
+
+
+def onelabel(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "onelabel.orchestrator", *map(str, arguments)]
+
+
+def training(scans: StorePath, storage: StorePath, *more: str) -> list[str]:
+    data = [f"data.{group}={scans / group}.csv" for group in GROUPS]
+    return onelabel("run", *SETTINGS, *data, f"storage={storage}", *more)
+
+
+def done(command: list[str], here: Path) -> Ended:
+    return subprocess.run(
+        command, cwd=here, env=environment(), capture_output=True, text=True, check=False, timeout=3600
+    )
+
+
+def begun(command: list[str], here: Path) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen(
+        command, cwd=here, env=environment(), stdout=subprocess.DEVNULL, stderr=(here / "log").open("wb")
+    )
+
+
+def environment() -> dict[str, str]:
+    """Commands are given in another folder than the checkout's."""
+    return os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+
+
+def checkpoints(run: StorePath, number: int) -> bool:
+    return any(True for _ in run.glob(f"round-{number:02d}/training/checkpoint_*"))
+
+
+@pytest.fixture(scope="module")
+def resumed(scans: StorePath, here: Path) -> tuple[StorePath, Ended]:
+    """A run killed in its first training and in its scoring, then gone on with."""
+    storage = scans.parent / "runs"
+    run, command = storage / "singlestrip", training(scans, storage)
+    kill_once(lambda: checkpoints(run, 0), begun(command, here))
+    kill_once(lambda: any(True for _ in run.glob("round-00/masks/*")), begun(command, here))
+    return run, done(command, here)
+
+
+def test_a_killed_run_in_a_store_ends_as_one_on_a_disk(
+    resumed: tuple[StorePath, Ended], finished: tuple[Path, Any], tmp_path: Path
+) -> None:
+    run, last = resumed
+    assert last.returncode == 1, last.stderr[-3000:]  # one scan is broken
+    run.download(tmp_path / "run")
+    assert_same_run(tmp_path / "run", finished[0])
+    for row in pq.read_table(tmp_path / "run/round-01/scores.parquet").to_pylist():
+        assert row["image"].startswith("s3://lab/heads/")
+        assert row["error"] or path_of(row["mask"]).is_file()
+    assert not list((tmp_path / "run").glob("**/training"))
+    ours, theirs = (
+        {path.relative_to(folder) for path in folder.glob("round-*/**/*") if path.is_file()}
+        for folder in (tmp_path / "run", finished[0])
+    )
+    assert ours == theirs
+
+
+def test_its_record_lies_here_with_a_copy_there(resumed: tuple[StorePath, Ended], here: Path) -> None:
+    run, last = resumed
+    (database,) = (here / "mlruns").glob("singlestrip-*/mlflow.db")
+    assert f"sqlite:///{database}" in last.stdout
+    assert (run / "mlflow.db").is_file() and (run / "report.html").is_file()
+
+
+def test_other_commands_take_the_run(
+    resumed: tuple[StorePath, Ended], scans: StorePath, here: Path, tmp_path: Path
+) -> None:
+    run, _ = resumed
+    shown = done(onelabel("status", run), here)
+    assert shown.returncode == 0 and shown.stdout.count("done") == 2, shown.stderr[-3000:]
+    reported = done(onelabel("report", run, "--out", tmp_path / "page.html"), tmp_path)  # where no record lies
+    assert reported.returncode == 0, reported.stderr[-3000:]
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "2 of 2" in page and "Training of the network" in page and "cannot be shown" not in page
+    out = scans.parent / "stripped"
+    stripped = done(onelabel("strip", scans / "head1.nii.gz", "--checkpoint", run, "--out", out), here)
+    assert stripped.returncode == 0, stripped.stderr[-3000:]
+    table = tmp_path / "agreement.csv"
+    judged = done(onelabel("evaluate", out / "head1_mask.nii.gz", scans / "head1_mask.nii.gz", "--out", table), here)
+    assert judged.returncode == 0, judged.stderr[-3000:]
+    judged = done(onelabel("evaluate", run / "round-01/masks", scans, "--out", table), here)
+    assert judged.returncode == 0, judged.stderr[-3000:]
+
+
+def test_a_store_that_goes_is_one_sentence_and_costs_no_round(
+    shop: Shop, scans: StorePath, finished: tuple[Path, Any], here: Path, tmp_path: Path
+) -> None:
+    storage = scans.parent / "cut-off"
+    run, command = storage / "singlestrip", training(scans, storage)
+    process = begun(command, here)
+    wait_for(lambda: checkpoints(run, 1), process)
+    shop.close()
+    assert process.wait(timeout=1800) == 2
+    said = (here / "log").read_text()
+    assert "Traceback" not in said and "the same command" in said.splitlines()[-1], said[-3000:]
+    shop.open()
+    assert (run / "round-00" / "done").is_file() and not (run / "round-01" / "done").exists()
+    last = done(command, here)
+    assert last.returncode == 1, last.stderr[-3000:]
+    run.download(tmp_path / "run")
+    assert_same_run(tmp_path / "run", finished[0])
+
+
+@pytest.mark.parametrize(
+    ("storage", "problem"),
+    [("s3://no-such-bucket/runs", "NO_SUCH_BUCKET"), ("s3://KEY:secret@lab/runs", "password"), ("s4://lab", "s4")],
+)
+def test_storage_that_cannot_be_is_refused_at_once(storage: str, problem: str, scans: StorePath, here: Path) -> None:
+    data = [f"data.{group}={scans / group}.csv" for group in GROUPS]
+    refused = done(onelabel("run", *SETTINGS, *data, f"storage={storage}"), here)
+    assert refused.returncode == 2 and problem in refused.stderr, refused.stderr[-3000:]
+    assert len(refused.stderr.strip().splitlines()) == 1 and "secret" not in refused.stderr
