@@ -352,13 +352,13 @@ def _answering() -> Iterator[None]:
 
 
 def _is_away(error: BaseException | None) -> bool:
-    """Whether what failed may work later: no answer, or one that says so; a file that is lost stays lost."""
+    """Whether what failed may work later: no answer, or one that says so; the trouble of a file stays."""
     if error is None:
         return False
     if getattr(error, "error_code", None) == "TEMPORARILY_UNAVAILABLE":
         return True
-    silent = isinstance(error, OSError) and getattr(error, "response", None) is None
-    return (silent and not isinstance(error, FileNotFoundError)) or _is_away(error.__context__)
+    silent = isinstance(error, OSError) and getattr(error, "response", None) is None and error.filename is None
+    return silent or _is_away(error.__context__)
 
 
 @contextmanager

@@ -273,7 +273,7 @@ def test_save_leaves_the_old_file_when_it_fails(tmp_path: Path, monkeypatch: pyt
     def full(unfinished: Path, _: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("onelabel.imaging.outputs.os.replace", full)
+    monkeypatch.setattr("onelabel.imaging.storage.os.replace", full)
     with pytest.raises(OSError, match="disk full"):
         save(Volume(image() + 1, np.eye(4)), path)
     np.testing.assert_array_equal(load(path).data, image())
