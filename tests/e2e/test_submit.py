@@ -26,8 +26,8 @@ RAY = (sys.executable, "-m", "ray.scripts.scripts")
 @pytest.fixture
 def settings(heads: Path, tmp_path: Path) -> list[str]:
     """A run of one round on the cores of the head."""
-    data = [f"data.{group}={heads / group}.csv" for group in ("labelled", "unlabelled")]
-    return ["singlestrip", "smoke", "stages.1.rounds=1", *data, f"storage={tmp_path}/runs", "compute.synth_cpus=0.5"]
+    data = [f"data.labelled={heads}/labelled.csv", f"data.test={heads}/unlabelled.csv"]
+    return ["supervised", "smoke", *data, f"storage={tmp_path}/runs", "compute.synth_cpus=0.5"]
 
 
 def call(head: Head, *command: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -37,8 +37,8 @@ def call(head: Head, *command: str, cwd: Path, **environment: str) -> subprocess
 
 def assert_done(folder: Path, done: subprocess.CompletedProcess[str]) -> None:
     assert done.returncode == 1, done.stdout + done.stderr  # one scan is broken
-    assert "== round-01 selftrain" in done.stdout
-    assert (folder / "runs/singlestrip/round-01" / MARKER).is_file()
+    assert "== round-00 supervised" in done.stdout
+    assert (folder / "runs/supervised/round-00" / MARKER).is_file()
 
 
 def test_a_checkout_is_submitted_and_followed(head: Head, settings: list[str], tmp_path: Path) -> None:
