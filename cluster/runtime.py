@@ -59,7 +59,7 @@ def connect(compute: ComputeConfig, /) -> Iterator[bool]:
     address = compute.address or os.environ.get("RAY_ADDRESS") or "local"
     try:
         if address == "local":
-            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process that waits for what nobody does
+            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine back
             _start()
         else:
             _join(address)

@@ -42,9 +42,7 @@ def find(path: Path, source: str | Path, /, *, any_type: bool) -> list[Row]:
         rows = manifest_rows(path)
         problem = "lists no scan"
     elif path.is_file():
-        found = [path] if stem_of(path) else []
-        paired = pair_by_ending(found, _beside(found))
-        rows = as_rows({image: paired.get(image, []) for image in found})
+        rows = as_rows({path: pair_by_ending([path], _beside([path])).get(path, [])} if stem_of(path) else {})
         problem = "is neither an image nor a manifest"
     elif (path / "dataset_description.json").is_file():
         rows = _bids_rows(path, any_type=any_type)

@@ -5,6 +5,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -36,32 +37,29 @@ def await_true(ready: Callable[[], bool], what: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def postgresql() -> Iterator[str]:
     """The address of a database; PostgreSQL will not run as root."""
     found = next((folder for folder in BINARIES if (folder / "initdb").is_file()), None)
     if found is None:
         pytest.skip("PostgreSQL's initdb is not installed: apt-get install postgresql")
     pytest.importorskip("psycopg2")
-    folder, port = tmp_path_factory.mktemp("postgresql"), free_port()
-    user = []
-    if os.getuid() == 0:
-        if not shutil.which("setpriv"):
-            pytest.skip("PostgreSQL refuses root, and there is no setpriv to be another user")
-        user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
-        for path in (folder, *folder.parents[:2]):
-            path.chmod(0o755)
-        os.chown(folder, 65534, 65534)
-    data = folder / "data"
-    made = [found / "initdb", "--pgdata", data, "--username=mlflow", "--auth=trust", "--no-sync"]
-    subprocess.run([*user, *made], cwd=folder, check=True, capture_output=True)
-    settings = ["-p", str(port), "-k", "", "-h", "127.0.0.1", "-F"]
-    server = subprocess.Popen([*user, found / "postgres", "-D", data, *settings], cwd=folder)
-    try:
-        await_true(lambda: listens(port), "PostgreSQL")
-        yield f"postgresql://mlflow@127.0.0.1:{port}/postgres"
-    finally:
-        server.terminate()
-        server.wait()
+    user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"] if os.getuid() == 0 else []
+    if user and not shutil.which("setpriv"):
+        pytest.skip("PostgreSQL refuses root, and there is no setpriv to be another user")
+    with tempfile.TemporaryDirectory(prefix="postgresql") as folder:
+        if user:
+            os.chown(folder, 65534, 65534)
+        made = [found / "initdb", "--pgdata", f"{folder}/data", "--username=mlflow", "--auth=trust", "--no-sync"]
+        subprocess.run([*user, *made], cwd=folder, check=True, capture_output=True)
+        port = free_port()
+        settings = ["-p", str(port), "-k", "", "-h", "127.0.0.1", "-F"]
+        server = subprocess.Popen([*user, found / "postgres", "-D", f"{folder}/data", *settings], cwd=folder)
+        try:
+            await_true(lambda: listens(port), "PostgreSQL")
+            yield f"postgresql://mlflow@127.0.0.1:{port}/postgres"
+        finally:
+            server.terminate()
+            server.wait()
 
 
 def listens(port: int) -> bool:

@@ -85,9 +85,8 @@ def done(command: list[str], here: Path) -> Ended:
 
 
 def begun(command: list[str], here: Path) -> "subprocess.Popen[bytes]":
-    return subprocess.Popen(
-        command, cwd=here, env=environment(), stdout=subprocess.DEVNULL, stderr=(here / "log").open("wb")
-    )
+    with (here / "log").open("wb") as log:
+        return subprocess.Popen(command, cwd=here, env=environment(), stdout=subprocess.DEVNULL, stderr=log)
 
 
 def environment() -> dict[str, str]:

@@ -209,8 +209,10 @@ def test_a_server_that_does_not_answer(
     assert "timed out" in caplog.text and "secret" not in caplog.text
 
 
-@pytest.mark.parametrize("uri", ["sqlite:////dev/null/no.db", "nonsense://x"])
+@pytest.mark.parametrize("uri", ["sqlite:///{}/config.yaml", "sqlite:////dev/null/no.db", "nonsense://x"])
 def test_what_is_no_mlflow_is_refused(tmp_path: Path, uri: str) -> None:
+    uri = uri.format(tmp_path)
+    dump(config(), tmp_path / "config.yaml")
     with pytest.raises(ClusterError, match=f"MLflow at '{uri}' cannot be used"):
         Tracker(config(tracking={"uri": uri}), tmp_path)
 
