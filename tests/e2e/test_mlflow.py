@@ -56,7 +56,7 @@ def postgresql() -> Iterator[str]:
         server = subprocess.Popen([*user, found / "postgres", "-D", f"{folder}/data", *settings], cwd=folder)
         try:
             await_true(lambda: listens(port), "PostgreSQL")
-            yield f"postgresql://mlflow@127.0.0.1:{port}/postgres"
+            yield f"postgresql+psycopg2://mlflow@127.0.0.1:{port}/postgres"
         finally:
             server.terminate()
             server.wait()
