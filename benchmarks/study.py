@@ -1,7 +1,7 @@
 """Does it pay to choose pseudo-labels, and by which ranker? Self-training on the k best of each ranker, against chance.
 
 python benchmarks/study.py DATA [--storage runs] [--seeds 0,1,2] [--k 5,10,20,40] [--vary 20] [--label KEY]
-    [--plot FILE] [key=value]
+    [--rankers random,confidence] [--plot FILE] [key=value]
 
 DATA/participants.csv has columns key, split, image, mask; splits labelled, unlabelled, test. For each seed the
 first stage of `singlestrip` is trained once, and each ranker and k goes on from it with the same rounds of
@@ -85,25 +85,27 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--k", default="5,10,20,40")
     parser.add_argument("--vary", type=int, default=20, help="k of the recipes; 0: none of them")
+    parser.add_argument("--rankers", default=",".join(RANKERS))
     parser.add_argument("--label", help="key of the labelled scan, where there are several")
     parser.add_argument("--plot", type=Path, default=Path("study.png"))
     parser.add_argument("settings", nargs="*", help="key=value for all runs")
     options = parser.parse_intermixed_args()
     seeds, ks = ([int(part) for part in text.split(",")] for text in (options.seeds, options.k))
+    ways = list(_ways(options.rankers.split(","), ks, options.vary))
     common = [*GRID, f"storage={options.storage}", *options.settings]
     with runtime.connect(load(["supervised", "data.labelled=none", *common]).compute):
         pool = split(options.data, labelled="labelled", unlabelled="unlabelled", test="test")
         pool += [f"data.labelled.where.key={options.label}"] * bool(options.label)
         every = split(options.data, labelled="unlabelled", test="test")
-        cells = [cell for seed in seeds for cell in _cells(pool, every, common, seed, _ways(ks, options.vary))]
+        cells = [cell for seed in seeds for cell in _cells(pool, every, common, seed, ways)]
     tables = [f"Dice of the {name}\n\n{_table(_by_way(cells, table))}" for table, name in SETS.items()]
     sys.stdout.write("\n\n".join(tables) + "\n")
     _plot(_by_way(cells, "test"), options.plot)
 
 
-def _ways(ks: list[int], vary: int) -> Iterator[tuple[str, int, list[str]]]:
+def _ways(rankers: list[str], ks: list[int], vary: int) -> Iterator[tuple[str, int, list[str]]]:
     """Name, k and settings of all ways to train oneself."""
-    for name in RANKERS:
+    for name in rankers:
         yield from ((name, k, _chosen(name, k)) for k in ks)
     if vary:
         yield from ((name, vary, [*_chosen(DEFAULT, vary), *settings]) for name, settings in RECIPES.items())
@@ -169,8 +171,10 @@ def _table(found: Found) -> str:
 def _plot(found: Found, path: Path) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
+    ks = sorted({k for name, k in found if name in RANKERS})
     for name, colour in COLOURS.items():
-        ks = sorted(k for other, k in found if other == name)
+        if (name, ks[0]) not in found:
+            continue
         means = [found[name, k].mean() for k in ks]
         bounds = np.array([interval(found[name, k].tolist()) for k in ks])
         axes.plot(ks, means, marker="o", color=colour, label=name)
