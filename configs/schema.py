@@ -146,7 +146,7 @@ class AutoencoderNetworkConfig(Base):
         2, ge=1, description="voxels an axis of the blocks whose mean it sees; 1: every voxel, at 8 times the cost"
     )
     size: int = Field(
-        64, ge=64, description="edge to which slices (or volumes) of blocks are padded or cropped, a power of two"
+        64, ge=64, description="most blocks an axis of a slice (or volume), a power of two, at which the latent has 4"
     )
     width: int = Field(32, ge=1, description="feature channels of the outer blocks")
     latent: int = Field(100, ge=1, description="channels of the latent")

@@ -15,9 +15,10 @@ class Autoencoder(nn.Module):
     """Masks to a latent of 4 voxels an axis and back (the quality-control autoencoder behind SingleStrip).
 
     Blocks are convolution, batch normalisation, leaky ReLU 0.2 and dropout. At 256 voxels there are six halvings; a
-    smaller size drops the outermost, so that the latent keeps its edge.
+    smaller size drops the outermost, so that the latent keeps its edge. What does not fill the size is not padded to it
+    in vain: the latent is as much smaller.
 
-    forward : shares of the classes (B, classes, *(size,) * dims) -> logits of the same shape
+    forward : shares of the classes (B, classes, *edges) -> logits of the same shape; edges as of `views`
     """
 
     def __init__(self, config: AutoencoderNetworkConfig) -> None:
@@ -53,9 +54,9 @@ class Autoencoder(nn.Module):
         return logits
 
 
-def fit_to(mask: Tensor, edge: int, /, *, dims: int) -> Tensor:
-    """Pad with zeros or crop, centred, to length `edge` on the last axes: (..., *any) -> (..., *edge)."""
-    return F.pad(mask, _pads(mask.shape[-dims:], edge))
+def fit_to(mask: Tensor, edges: Sequence[int], /) -> Tensor:
+    """Pad with zeros or crop, centred, to lengths `edges` of the last axes: (..., *any) -> (..., *edges)."""
+    return F.pad(mask, _pads(mask.shape[-len(edges) :], edges))
 
 
 def views(mask: Tensor, config: AutoencoderNetworkConfig, /) -> Tensor:
@@ -67,12 +68,13 @@ def views(mask: Tensor, config: AutoencoderNetworkConfig, /) -> Tensor:
 
     Returns
     -------
-    (n, classes, edge, edge) float32, slices along the shortest axis; in 3D (1, classes, edge, edge, edge)
+    (n, classes, *edges) float32, slices along the shortest axis; in 3D (1, classes, *edges). Edges are the least that
+    hold the blocks and that the network can halve, at most `size`.
     """
     share = F.avg_pool3d(one_hot(mask[None], config.classes), config.pool, ceil_mode=True, count_include_pad=False)
     if config.dims == 2:
         share = share[0].movedim(_shortest(mask.shape) + 1, 0)
-    structure = fit_to(share[:, 1:], config.size, dims=config.dims)
+    structure = fit_to(share[:, 1:], _edges(share.shape[2:], config))
     return torch.cat([1 - structure.sum(1, keepdim=True), structure], dim=1)
 
 
@@ -81,7 +83,7 @@ def unview(seen: Tensor, size: Sequence[int], config: AutoencoderNetworkConfig, 
 
     Parameters
     ----------
-    seen : (n, edge, edge) float32; in 3D (1, edge, edge, edge)
+    seen : (n, *edges) float32; in 3D (1, *edges)
 
     Returns
     -------
@@ -90,16 +92,22 @@ def unview(seen: Tensor, size: Sequence[int], config: AutoencoderNetworkConfig, 
     blocks = [-(-length // config.pool) for length in size]
     along = _shortest(size)
     fitted = blocks if config.dims == 3 else [*blocks[:along], *blocks[along + 1 :]]
-    share = F.pad(seen, [-pad for pad in _pads(fitted, config.size)])
+    share = F.pad(seen, [-pad for pad in _pads(fitted, _edges(fitted, config))])
     share = share[0] if config.dims == 3 else share.movedim(0, along)
     fine = F.interpolate(share[None, None], scale_factor=config.pool, mode="trilinear")
     return fine[0, 0, : size[0], : size[1], : size[2]]
 
 
-def _pads(size: Sequence[int], edge: int) -> list[int]:
-    """What to add before and after each axis to length `edge`, the last axis first; negative: to cut."""
+def _edges(blocks: Sequence[int], config: AutoencoderNetworkConfig) -> list[int]:
+    """Lengths of the views of so many blocks an axis."""
+    stride = config.size // _LATENT_EDGE
+    return [min(config.size, -(-length // stride) * stride) for length in blocks]
+
+
+def _pads(size: Sequence[int], edges: Sequence[int]) -> list[int]:
+    """What to add before and after each axis to lengths `edges`, the last axis first; negative: to cut."""
     pads: list[int] = []
-    for length in reversed(size):
+    for length, edge in zip(reversed(size), reversed(edges), strict=True):
         before = (edge - length) // 2
         pads += [before, edge - length - before]
     return pads

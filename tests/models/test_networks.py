@@ -216,13 +216,14 @@ def test_the_full_autoencoder_is_the_published_one() -> None:
 
 
 @pytest.mark.parametrize("shape", [(3, 10, 7), (2, 9, 9, 4)])
-@pytest.mark.parametrize("edge", [16, 17])
-def test_padding_and_cropping_back_is_the_identity(shape: tuple[int, ...], edge: int) -> None:
+@pytest.mark.parametrize("edges", [(16, 16, 16), (17, 16, 23)])
+def test_padding_and_cropping_back_is_the_identity(shape: tuple[int, ...], edges: tuple[int, ...]) -> None:
     mask = torch.randint(1, 5, shape)
-    padded = fit_to(mask, edge, dims=mask.ndim - 1)
-    assert padded.shape == (shape[0], *[edge] * (len(shape) - 1))
+    edges = edges[: mask.ndim - 1]
+    padded = fit_to(mask, edges)
+    assert padded.shape == (shape[0], *edges)
     assert padded.sum() == mask.sum()
-    for axis, length in enumerate(shape[1:], 1):
+    for axis, (length, edge) in enumerate(zip(shape[1:], edges, strict=True), 1):
         padded = padded.narrow(axis, (edge - length) // 2, length)
     assert torch.equal(padded, mask)
 
@@ -230,7 +231,7 @@ def test_padding_and_cropping_back_is_the_identity(shape: tuple[int, ...], edge:
 def test_cropping_keeps_the_centre() -> None:
     mask = torch.zeros(1, 20, 6)
     mask[0, 8:12, 2:4] = 1
-    cropped = fit_to(mask, 8, dims=2)
+    cropped = fit_to(mask, (8, 8))
     assert cropped.shape == (1, 8, 8)
     assert cropped.sum() == mask.sum()
     assert cropped[0, 2:6, 3:5].all()
@@ -240,17 +241,28 @@ def test_cropping_keeps_the_centre() -> None:
 def test_slices_run_along_the_shortest_axis(size: tuple[int, ...], shortest: int) -> None:
     mask = torch.randint(0, 2, size)
     seen = views(mask, small(pool=1))
-    assert seen.shape == (size[shortest], 2, 64, 64)
     first, second = [length for axis, length in enumerate(size) if axis != shortest]
-    back = seen[:, 1, (64 - first) // 2 :, (64 - second) // 2 :][:, :first, :second]
+    edges = [16 if length <= 16 else 32 for length in (first, second)]
+    assert seen.shape == (size[shortest], 2, *edges)
+    back = seen[:, 1, (edges[0] - first) // 2 :, (edges[1] - second) // 2 :][:, :first, :second]
     assert torch.equal(back.movedim(0, shortest), mask.float())
 
 
 def test_a_volume_is_one_view() -> None:
     mask = torch.randint(0, 2, (9, 20, 30))
     seen = views(mask, small(pool=1, dims=3))
-    assert seen.shape == (1, 2, 64, 64, 64)
+    assert seen.shape == (1, 2, 16, 32, 32)
     assert seen[:, 1].sum() == mask.sum()
+
+
+@pytest.mark.parametrize("size", [64, 128, 256])
+def test_the_network_halves_all_that_it_sees(size: int) -> None:
+    network = networks.build(small(pool=1, size=size)).eval()
+    seen = views(torch.ones(3, 40, 300, dtype=torch.int64), small(pool=1, size=size))
+    stride = size // 4
+    assert seen.shape == (3, 2, -(-40 // stride) * stride, size)
+    with torch.no_grad():
+        assert network(seen).shape == seen.shape
 
 
 @pytest.mark.parametrize("dims", [2, 3])
@@ -258,13 +270,13 @@ def test_a_volume_is_one_view() -> None:
 def test_a_block_is_seen_as_its_shares(dims: Any, size: tuple[int, ...]) -> None:
     mask = torch.randint(0, 3, size)
     seen = views(mask, small(pool=2, dims=dims, classes=3))
-    assert seen.shape == ((4 + size[0] % 2, 3, 64, 64) if dims == 2 else (1, 3, 64, 64, 64))
+    assert seen.shape == ((4 + size[0] % 2, 3, 16, 16) if dims == 2 else (1, 3, 16, 16, 16))
     assert seen.sum(1) == pytest.approx(1)
     whole = mask[:8, :20, :30]
-    shares = seen.movedim(1, 0).reshape(3, -1, 64, 64)
-    assert shares[1:, :, 27:37, 24:39].max() <= 1
+    shares = seen.movedim(1, 0).reshape(3, -1, 16, 16)
+    assert shares[1:].max() <= 1
     block = whole[2:4, 4:6, 6:8]
-    place = (1 if dims == 2 else (64 - (size[0] + 1) // 2) // 2 + 1, *((64 - (n + 1) // 2) // 2 for n in size[1:]))
+    place = (1 if dims == 2 else (16 - (size[0] + 1) // 2) // 2 + 1, *((16 - (n + 1) // 2) // 2 for n in size[1:]))
     x, y, z = place[0], place[1] + 2, place[2] + 3
     assert shares[:, x, y, z].tolist() == [(block == index).float().mean().item() for index in range(3)]
 
