@@ -22,7 +22,8 @@ from onelabel.models.networks.autoencoder import one_hot
 from onelabel.models.precision import use_bf16
 from onelabel.models.predictor import Predictor
 from onelabel.tasks.cohort import Cohort
-from onelabel.tasks.score import EXPECTED, Probes, columns_of, expectation_of, over, ranked, with_expected
+from onelabel.tasks.score import EXPECTED, Probes, columns_of, expectation_of, ranked, with_expected
+from onelabel.tasks.score_pool import over
 
 SCHEMA = pa.schema(
     [

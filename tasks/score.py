@@ -1,8 +1,6 @@
 """Predict and rank a cohort by Ray Data. A scan that fails is a row with an error."""
 
 import logging
-import math
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
-import ray.data
 import torch
 import torch.nn.functional as F
 
@@ -27,7 +24,7 @@ from onelabel.configs.schema import (
     single_rankers,
 )
 from onelabel.configs.streams import PseudoLabelConfig
-from onelabel.errors import SCAN_FAULTS, ClusterError, StorageError, last_line, sentence
+from onelabel.errors import SCAN_FAULTS, StorageError
 from onelabel.imaging import metrics, outputs, random, synthesis, volume
 from onelabel.imaging.classes import load_target
 from onelabel.imaging.labels import read_probability
@@ -40,6 +37,7 @@ from onelabel.models.pseudo import PseudoLabeller
 from onelabel.models.rankers import AutoencoderRanker, fuse
 from onelabel.models.rankers.expectation import Expectation, fit
 from onelabel.tasks.cohort import Cohort
+from onelabel.tasks.score_pool import over
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +66,6 @@ SCHEMA = pa.schema(
 
 
 EXPECTED = ("expected_dice", "expected_low", "expected_high")
-_TASK_SCANS = 64  # at most: what an actor that dies costs
 
 
 @dataclass(frozen=True)
@@ -161,94 +158,6 @@ def score(
         expectation = expectation_of(probed, task.ranker)
         table = with_expected(table, expectation, task.columns, bad=task.probes.config.bad)
     return table, expectation
-
-
-def over(
-    scans: pa.Table, probes: int, worker: type, task: Any, /, *, compute: ComputeConfig, schema: pa.Schema
-) -> tuple[pa.Table, pa.Table]:
-    """Call workers with each scan, and with each number of a probe.
-
-    Parameters
-    ----------
-    scans : a row each, with a `key`
-    worker : made of task, device and compute; called with a row, whose `probe` is -1 for a scan, it returns values by
-        column, or raises one of `SCAN_FAULTS`, and StorageError where no scan can have a result
-    schema : of what comes back, beside a score for each of the task's `columns`; what it shares with `scans` is kept
-
-    Returns
-    -------
-    The rows of scans, by key, and those of probes, by number.
-
-    Raises
-    ------
-    ClusterError : the cluster or its storage fails.
-    """
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it warns that its progress bars are off
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    numbers = [pa.repeat(pa.scalar(-1, pa.int64()), len(scans)), pa.array(range(probes), pa.int64())]
-    rows = pa.concat_tables(
-        [scans.append_column("probe", numbers[0]), pa.table({"probe": numbers[1]})], promote_options="default"
-    )
-    actors = min(compute.score_actors, len(rows))
-    size = min(_TASK_SCANS, math.ceil(len(rows) / (4 * actors)))
-    scores = [pa.field(name, pa.float64()) for name in task.columns if name not in schema.names]
-    whole = pa.schema([*schema, *scores, ("probe", pa.int64()), ("unwritten", pa.string())])
-    dataset = ray.data.from_arrow([rows.slice(begin, size) for begin in range(0, len(rows), size)]).map_batches(
-        Rows,
-        batch_size=None,
-        batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=actors),
-        num_cpus=1,
-        num_gpus=compute.score_gpus or None,
-        fn_constructor_args=(worker, whole),
-        fn_constructor_kwargs={"task": task, "device": "cuda" if compute.score_gpus else "cpu", "compute": compute},
-    )
-    found = _gathered(dataset, whole)
-    scan = pc.less(found["probe"], 0)
-    table = found.filter(scan).sort_by("key").drop_columns("probe")
-    probed = found.filter(pc.invert(scan)).sort_by("probe").drop_columns("probe")
-    failed = table["error"].drop_null()
-    if len(failed):
-        log.warning("%d of %d scans failed, for example: %s", len(failed), len(table), failed[0])
-    return table, probed
-
-
-def _gathered(dataset: ray.data.Dataset, schema: pa.Schema) -> pa.Table:
-    """All rows, unless results cannot be written any more."""
-    batches = [schema.empty_table()]
-    try:
-        batch: pa.Table
-        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-            batches.append(batch)
-            if len(unwritten := batch["unwritten"].drop_null()):
-                raise StorageError(f"{unwritten[0]}; make room or mend it, and the same command goes on from here")
-    except ray.exceptions.RayError as error:
-        if said := re.search(r"StorageError: (.+)", str(error)):
-            raise StorageError(said[1]) from error
-        if isinstance(error, ray.exceptions.RayTaskError):  # a mistake of ours
-            raise
-        raise ClusterError(f"scoring failed ({last_line(error)}): the same command goes on from here") from error
-    return pa.concat_tables(batches).drop_columns("unwritten")
-
-
-class Rows:
-    """A worker's values as a table; lives in an actor."""
-
-    def __init__(self, worker: type, schema: pa.Schema, **given: Any) -> None:
-        self.worker, self.schema = worker(**given), schema
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        """Rows for rows."""
-        return pa.Table.from_pylist([row | self._made(row) for row in batch.to_pylist()], self.schema)
-
-    def _made(self, row: dict[str, Any]) -> dict[str, Any]:
-        try:
-            made: dict[str, Any] = self.worker(row)
-        except StorageError as error:
-            return {"unwritten": sentence(error)}
-        except SCAN_FAULTS as error:
-            return {"error": sentence(error)}
-        return made
 
 
 def expectation_of(probed: pa.Table, ranker: RankerConfig | None, /) -> Expectation:

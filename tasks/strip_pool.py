@@ -49,7 +49,7 @@ def over_ray(
     ------
     ClusterError : the cluster fails.
     """
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it warns that its progress bars are off
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # we say ourselves what failed
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.max_errored_blocks = -1  # a scan that kills its worker stops no other

@@ -64,31 +64,32 @@ def test_run_is_logged(finished: Finished) -> None:
     assert {"checkpoint", "selection.parquet", "best-and-worst.png"} <= artifacts
 
 
-def test_same_seed_gives_same_run_though_an_actor_dies(finished: Finished, command: Command, tmp_path: Path) -> None:
-    process = subprocess.Popen(command(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_for(lambda: any(tmp_path.glob("singlestrip/round-00/training/checkpoint_*")), process)
-    actors = [p for p in psutil.Process(process.pid).children(recursive=True) if "SynthActor" in " ".join(p.cmdline())]
-    assert actors
-    for actor in actors:
-        actor.kill()
-    assert process.wait(timeout=1200) == 1
-    assert_same_run(tmp_path / "singlestrip", finished[0])
-
-
 STAGES: dict[str, Callable[[Path], bool]] = {
     "ranker": lambda run: any(run.glob("round-00/training/checkpoint_*/weights/round-00 base/weights.pt")),
     "self-training": lambda run: any(run.glob("round-01/training/checkpoint_*")),
 }
 
 
-def test_killed_driver_resumes(finished: Finished, command: Command, tmp_path: Path) -> None:
-    """Kill one run twice; the last attempt completes it."""
+def test_killed_actors_and_drivers_change_nothing(finished: Finished, command: Command, tmp_path: Path) -> None:
+    """One run loses its synthesis actors, then its driver twice; the last attempt completes it."""
     run = tmp_path / "singlestrip"
-    for reached in STAGES.values():
+    for place, reached in enumerate(STAGES.values()):
         process = subprocess.Popen(command(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        if place == 0:
+            wait_for(lambda: any(run.glob("round-00/training/checkpoint_*")), process)
+            assert kill_actors(process)
         kill_once(lambda reached=reached: reached(run), process)
         assert not (run / "round-01/done").exists()
     last = subprocess.run(command(tmp_path), capture_output=True, text=True, check=False, timeout=1200)
     assert last.returncode == 1, last.stderr[-3000:]
     assert_same_run(run, finished[0])
     assert not list(run.glob("**/training"))
+
+
+def kill_actors(driver: "subprocess.Popen[bytes]") -> int:
+    """End those that synthesise; how many."""
+    family = psutil.Process(driver.pid).children(recursive=True)
+    actors = [process for process in family if "SynthActor" in " ".join(process.cmdline())]
+    for actor in actors:
+        actor.kill()
+    return len(actors)

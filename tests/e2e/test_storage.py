@@ -99,16 +99,22 @@ def checkpoints(run: StorePath, number: int) -> bool:
 
 
 @pytest.fixture(scope="module")
-def resumed(scans: StorePath, here: Path) -> tuple[StorePath, Ended]:
-    """A run killed in its first training and in its scoring, then gone on with."""
+def resumed(shop: Shop, scans: StorePath, here: Path) -> tuple[StorePath, Ended]:
+    """A run killed in training and scoring, then cut off from its store in the second training, then gone on with."""
     storage = scans.parent / "runs"
     run, command = storage / "singlestrip", training(scans, storage)
     kill_once(lambda: checkpoints(run, 0), begun(command, here))
     kill_once(lambda: any(True for _ in run.glob("round-00/masks/*")), begun(command, here))
+    process = begun(command, here)
+    wait_for(lambda: checkpoints(run, 1), process)
+    shop.close()
+    assert process.wait(timeout=1800) == 2
+    shop.open()
+    assert (run / "round-00" / "done").is_file() and not (run / "round-01" / "done").exists()
     return run, done(command, here)
 
 
-def test_a_killed_run_in_a_store_ends_as_one_on_a_disk(
+def test_a_disturbed_run_in_a_store_ends_as_one_on_a_disk(
     resumed: tuple[StorePath, Ended], finished: tuple[Path, Any], tmp_path: Path
 ) -> None:
     run, last = resumed
@@ -153,23 +159,9 @@ def test_other_commands_take_the_run(
     assert judged.returncode == 0, judged.stderr[-3000:]
 
 
-def test_a_store_that_goes_is_one_sentence_and_costs_no_round(
-    shop: Shop, scans: StorePath, finished: tuple[Path, Any], here: Path, tmp_path: Path
-) -> None:
-    storage = scans.parent / "cut-off"
-    run, command = storage / "singlestrip", training(scans, storage)
-    process = begun(command, here)
-    wait_for(lambda: checkpoints(run, 1), process)
-    shop.close()
-    assert process.wait(timeout=1800) == 2
+def test_a_store_that_goes_is_one_sentence(resumed: tuple[StorePath, Ended], here: Path) -> None:
     said = (here / "log").read_text()
     assert "Traceback" not in said and "the same command" in said.splitlines()[-1], said[-3000:]
-    shop.open()
-    assert (run / "round-00" / "done").is_file() and not (run / "round-01" / "done").exists()
-    last = done(command, here)
-    assert last.returncode == 1, last.stderr[-3000:]
-    run.download(tmp_path / "run")
-    assert_same_run(tmp_path / "run", finished[0])
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,6 @@ def config() -> RunConfig:
             "grid": {"spacing_mm": 7.0, "size": [32, 32, 32]},
             "network": {"channels": [8, 16], "dropout": 0.2},
             "stages": [stage],
-            "compute": {"precision": "float32"},
+            "compute": {"precision": "float32", "score_actors": 1},
         }
     )

@@ -1,3 +1,4 @@
+import os
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from onelabel.configs.augmentation import BinsConfig, SynthesisConfig
 from onelabel.configs.schema import (
     AutoencoderNetworkConfig,
     AutoencoderRankerConfig,
+    ComputeConfig,
     ConfidenceRankerConfig,
     ConsistencyRankerConfig,
     ExpectConfig,
@@ -35,7 +37,8 @@ from onelabel.models.predictor import Predictor
 from onelabel.models.pseudo import PseudoLabeller
 from onelabel.models.rankers import AutoencoderRanker, fuse
 from onelabel.tasks.cohort import SCHEMA, Cohort
-from onelabel.tasks.score import EXPECTED, Probes, Pseudo, Rows, ScoreTask, score
+from onelabel.tasks.score import EXPECTED, Probes, Pseudo, ScoreTask, score
+from onelabel.tasks.score_pool import Rows
 
 
 def test_each_scan_is_a_row_and_a_broken_one_has_an_error(
@@ -117,13 +120,49 @@ def test_a_row_says_whose_fault_it_is(error: Exception, expected: tuple[str | No
     assert (row["key"], row["image"]) == ("a", None)
 
 
+class Deadly:
+    """Ends its process over two of the scans, or has a bug."""
+
+    def __init__(self, **_: object) -> None:
+        pass
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        if row["key"] in ("key03", "key17"):
+            os._exit(1)
+        if row["key"] == "bug":
+            raise LookupError("no such thing")
+        return {"score": float(row["key"][3:])}
+
+
+def cohort_of(*keys: str) -> Cohort:
+    rows = [dict.fromkeys(("key", "image", "label"), key) | {"kind": "dense", "weight": 1.0} for key in keys]
+    return Cohort(pa.Table.from_pylist(rows, SCHEMA))
+
+
+def test_a_scan_that_kills_its_worker_is_a_row_with_an_error(ray_cluster: None, tmp_path: Path) -> None:
+    keys = [f"key{number:02d}" for number in range(20)]
+    task, compute = ScoreTask(tmp_path, tmp_path), ComputeConfig(score_actors=1)
+    table, _ = score(cohort_of(*keys), task, compute=compute, worker=Deadly)
+    rows = {row["key"]: row for row in table.to_pylist()}
+    assert list(rows) == keys
+    lost = {key for key, row in rows.items() if row["error"]}
+    assert lost == {"key03", "key17"}
+    assert all("died twice over this scan" in rows[key]["error"] and rows[key]["score"] is None for key in lost)
+    assert all(rows[key]["score"] == float(key[3:]) for key in set(keys) - lost)
+
+
+def test_a_mistake_of_ours_is_not_the_scans(ray_cluster: None, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="LookupError: no such thing"):
+        score(cohort_of("bug"), ScoreTask(tmp_path, tmp_path), compute=ComputeConfig(score_actors=1), worker=Deadly)
+
+
 def test_chance_and_the_oracle_rank_without_a_look(
     ray_cluster: None, heads: Cohort, config: RunConfig, tmp_path: Path
 ) -> None:
     meta = Meta(config.network.model_dump(mode="json"), "supervised", config.grid.model_dump(mode="json"), 0, 0, "")
     checkpoint.save(tmp_path / "unet", networks.build(config.network), meta)
     task = ScoreTask(tmp_path / "unet", tmp_path / "masks", OracleRankerConfig())
-    compute = config.compute.model_copy(update={"score_actors": 1})
+    compute = config.compute
     assert all(row["score"] == row["dice"] for row in score(heads, task, compute=compute)[0].to_pylist())
     drawn = [
         [
