@@ -4,12 +4,11 @@ import hashlib
 
 import numpy as np
 import torch
-from scipy.special import ndtri
 from torch import Tensor
 
 # Noise by hashing: any voxel's number by itself, the same on all devices. 4096 normal numbers of equal probability.
 GOLDEN = 0x9E3779B1
-NORMAL = ndtri((np.arange(4096) + 0.5) / 4096).astype(np.float32)
+NORMAL = torch.special.ndtri((torch.arange(4096, dtype=torch.float64) + 0.5) / 4096).float().numpy()
 NORMAL_SHIFT = 20
 
 
