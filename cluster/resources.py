@@ -9,7 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import ray
+from ray import PlacementGroupID
 from ray.autoscaler.sdk import request_resources
+from ray.core.generated import gcs_pb2
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from onelabel.configs.schema import ComputeConfig
 from onelabel.errors import ClusterError
@@ -118,6 +121,23 @@ def watch(demands: Sequence[Demand], /, *, every_s: float = _TELL_S) -> Iterator
     finally:
         over.set()
         thread.join()
+
+
+def release_orphans() -> int:
+    """Give back what this job's dead actors had reserved; how many placement groups it was.
+
+    Ray frees a group when its creator and the whole job have ended. What Ray Train has to do so earlier asks the
+    dashboard, which a local cluster lacks, and gives up.
+    """
+    job = bytes.fromhex(ray.get_runtime_context().get_job_id())
+    state = ray._private.state.state  # the public table does not say who made a group
+    raw = state._connect_and_get_accessor().get_placement_group_table()
+    kind = gcs_pb2.PlacementGroupTableData  # type: ignore[attr-defined]
+    ours = [group for group in map(kind.FromString, raw) if group.creator_job_id == job]
+    orphans = [group for group in ours if group.creator_actor_dead and group.state != kind.REMOVED]
+    for group in orphans:
+        remove_placement_group(PlacementGroup(PlacementGroupID(group.placement_group_id)))
+    return len(orphans)
 
 
 def together(*bundles: Bundle) -> Bundle:

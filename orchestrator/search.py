@@ -182,7 +182,7 @@ def _tune(config: RunConfig, common: RunConfig, tried: list[Point], objective: s
             name=_SCRATCH,
             storage_path=str(folder),
             failure_config=tune.FailureConfig(max_failures=_RETRIES),
-            callbacks=[_Telling(common, objective)],
+            callbacks=[_Watching(common, objective)],
             verbose=0,
         ),
     )
@@ -220,11 +220,14 @@ def _optuna(config: RunConfig, before: Sequence[Trial]) -> Searcher:
     )
 
 
-class _Telling(tune.Callback):
-    """A line for every round of every trial."""
+class _Watching(tune.Callback):
+    """A line for every round of every trial; and a trial that is lost holds no resources."""
 
     def __init__(self, common: RunConfig, objective: str) -> None:
         self.common, self.objective = common, objective
+
+    def on_step_begin(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
+        resources.release_orphans()
 
     def on_trial_result(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, result: dict[str, Any], **info: Any

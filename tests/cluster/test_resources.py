@@ -1,8 +1,11 @@
 import logging
 import threading
+import time
 from itertools import product
 
 import pytest
+import ray
+from ray.util.placement_group import placement_group, placement_group_table
 
 from onelabel.cluster import resources
 from onelabel.cluster.resources import Demand, check, fits, of_stage, together, watch
@@ -127,3 +130,29 @@ def test_nodes_that_are_lost_are_missed_again_and_again(
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 2
     assert all("this needs 4 CPUs" in each and "the cluster has 1 CPUs" in each for each in said)
+
+
+def test_what_a_dead_actor_reserved_is_given_back(ray_cluster: None) -> None:
+    @ray.remote(num_cpus=0)
+    class Holder:
+        def hold(self) -> str:
+            group = placement_group([{"CPU": 1}])
+            ray.get(group.ready())
+            return str(group.id.hex())
+
+    def held(name: str) -> bool:
+        return bool(placement_group_table()[name]["state"] == "CREATED")
+
+    dead, alive = Holder.remote(), Holder.remote()
+    lost, kept = ray.get([dead.hold.remote(), alive.hold.remote()])
+    assert resources.release_orphans() == 0 and held(lost) and held(kept)
+    ray.kill(dead)
+    deadline = time.monotonic() + 60
+    while not resources.release_orphans():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert not held(lost) and held(kept)
+    ray.kill(alive)
+    while not resources.release_orphans():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
