@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import ray
-from ray import PlacementGroupID
+from ray import ActorID, PlacementGroupID
 from ray.autoscaler.sdk import request_resources
 from ray.core.generated import gcs_pb2
 from ray.util.placement_group import PlacementGroup, remove_placement_group
@@ -134,7 +134,8 @@ def release_orphans() -> int:
     raw = state._connect_and_get_accessor().get_placement_group_table()
     kind = gcs_pb2.PlacementGroupTableData  # type: ignore[attr-defined]
     ours = [group for group in map(kind.FromString, raw) if group.creator_job_id == job]
-    orphans = [group for group in ours if group.creator_actor_dead and group.state != kind.REMOVED]
+    made = [group for group in ours if not ActorID(group.creator_actor_id).is_nil()]  # by an actor, not by this process
+    orphans = [group for group in made if group.creator_actor_dead and group.state != kind.REMOVED]
     for group in orphans:
         remove_placement_group(PlacementGroup(PlacementGroupID(group.placement_group_id)))
     return len(orphans)

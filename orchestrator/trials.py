@@ -67,13 +67,13 @@ class Trial:
 
     def keep(self) -> None:
         """Leave its values in its folder, so that `known` finds it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / _POINT).is_file():
-            self.folder.mkdir(parents=True, exist_ok=True)
             _write(self.folder / _POINT, json.dumps(self.point))
 
     def fail(self, error: BaseException) -> None:
         """Leave in its folder what went wrong."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.keep()
         _write(self.folder / _ERROR, sentence(error))
 
     def complete(self, on_round: Callable[[dict[str, Any]], None]) -> None:

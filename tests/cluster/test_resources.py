@@ -5,7 +5,7 @@ from itertools import product
 
 import pytest
 import ray
-from ray.util.placement_group import placement_group, placement_group_table
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 
 from onelabel.cluster import resources
 from onelabel.cluster.resources import Demand, check, fits, of_stage, together, watch
@@ -133,17 +133,20 @@ def test_nodes_that_are_lost_are_missed_again_and_again(
 
 
 def test_what_a_dead_actor_reserved_is_given_back(ray_cluster: None) -> None:
+    def hold() -> PlacementGroup:
+        group = placement_group([{"CPU": 0.5}])
+        ray.get(group.ready())
+        return group
+
     @ray.remote(num_cpus=0)
     class Holder:
         def hold(self) -> str:
-            group = placement_group([{"CPU": 1}])
-            ray.get(group.ready())
-            return str(group.id.hex())
+            return str(hold().id.hex())
 
     def held(name: str) -> bool:
         return bool(placement_group_table()[name]["state"] == "CREATED")
 
-    dead, alive = Holder.remote(), Holder.remote()
+    dead, alive, ours = Holder.remote(), Holder.remote(), hold()
     lost, kept = ray.get([dead.hold.remote(), alive.hold.remote()])
     assert resources.release_orphans() == 0 and held(lost) and held(kept)
     ray.kill(dead)
@@ -151,7 +154,8 @@ def test_what_a_dead_actor_reserved_is_given_back(ray_cluster: None) -> None:
     while not resources.release_orphans():
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    assert not held(lost) and held(kept)
+    assert not held(lost) and held(kept) and held(ours.id.hex())
+    remove_placement_group(ours)
     ray.kill(alive)
     while not resources.release_orphans():
         assert time.monotonic() < deadline

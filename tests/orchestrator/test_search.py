@@ -84,7 +84,7 @@ def test_the_best_settings_and_the_page_are_left(tmp_path: Path) -> None:
 def test_a_search_of_which_nothing_is_left_says_why(tmp_path: Path) -> None:
     config, common = searched(tmp_path)
     trials.trial(common, {K: 2, BINS: [3, 4]}).fail(ClusterError("no room"))
-    (one,) = [trials.trial(common, {K: 2, BINS: [3, 4]})]
+    (one,) = trials.known(common)
     with (
         Tracker(config, tmp_path / "wide") as tracker,
         pytest.raises(ClusterError, match="none of 1 trials .* no room"),
