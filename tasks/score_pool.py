@@ -54,13 +54,15 @@ def over(
     whole = pa.schema([*schema, *scores, ("probe", pa.int64()), ("place", pa.int64())])
     actors = min(compute.score_actors, len(rows))
     given = {"worker": worker, "schema": whole, "task": task, "compute": compute}
-    found = _passed(rows, given, actors, min(_TASK_SCANS, math.ceil(len(rows) / (4 * actors))))
-    if len(lost := _without(rows, found)):
-        gc.collect()  # a task's error and its actor hold each other, and the actor its CPU
-        found = pa.concat_tables([found, _passed(lost, given, min(actors, len(lost)), 1)])
+    found, lost = whole.empty_table(), rows
+    for size in (min(_TASK_SCANS, math.ceil(len(rows) / (4 * actors))), 1):
+        found = pa.concat_tables([found, _passed(lost, given, min(actors, len(lost)), size)])
         lost = _without(rows, found)
-        lost = lost.append_column("error", pa.repeat(pa.scalar(_LOST), len(lost)))
-        found = pa.concat_tables([found, lost], promote_options="default").select(whole.names)
+        if not len(lost):
+            break
+        gc.collect()  # a task's error and its actor hold each other, and the actor its CPU
+    lost = lost.append_column("error", pa.repeat(pa.scalar(_LOST), len(lost)))
+    found = pa.concat_tables([found, lost], promote_options="default").select(whole.names)
     scan = pc.less(found["probe"], 0)
     table = found.filter(scan).sort_by("key").drop_columns(["probe", "place"])
     probed = found.filter(pc.invert(scan)).sort_by("probe").drop_columns(["probe", "place"])

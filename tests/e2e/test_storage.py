@@ -100,10 +100,9 @@ def checkpoints(run: StorePath, number: int) -> bool:
 
 @pytest.fixture(scope="module")
 def resumed(shop: Shop, scans: StorePath, here: Path) -> tuple[StorePath, Ended]:
-    """A run killed in training and scoring, then cut off from its store in the second training, then gone on with."""
+    """A run killed in its scoring, then cut off from its store in its second training, then gone on with."""
     storage = scans.parent / "runs"
     run, command = storage / "singlestrip", training(scans, storage)
-    kill_once(lambda: checkpoints(run, 0), begun(command, here))
     kill_once(lambda: any(True for _ in run.glob("round-00/masks/*")), begun(command, here))
     process = begun(command, here)
     wait_for(lambda: checkpoints(run, 1), process)
