@@ -136,13 +136,14 @@ def open_cohort(
         label_column = next((name for name in LABEL_COLUMNS if name in columns), None)
     else:
         check_column(label_column, columns, path)
-    table = [_normalised(row, image_column, label_column, folder) for row in rows]
-    _fill_keys(table)
+    for place, row in enumerate(rows):  # one by one: there may be a million
+        rows[place] = _normalised(row, image_column, label_column, folder)
+    _fill_keys(rows)
     if require_labels:
-        _check_labels(table, path)
+        _check_labels(rows, path)
     present = pa.schema([*SCHEMA, *(pa.field(name, kind) for name, kind in SCORED.items() if name in columns)])
     try:
-        return Cohort(pa.Table.from_pylist(table, schema=present))
+        return Cohort(pa.Table.from_pylist(rows, schema=present))
     except UnicodeEncodeError as error:
         raise DataError(f"{ascii(error.object)} is no text in UTF-8: rename the file.") from None
 

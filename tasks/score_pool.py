@@ -46,12 +46,13 @@ def over(
     StorageError : results cannot be written.
     ClusterError : the cluster fails.
     """
+    scans = scans.sort_by("key")
     numbers = [pa.repeat(pa.scalar(-1, pa.int64()), len(scans)), pa.array(range(probes), pa.int64())]
     rows = pa.concat_tables(
         [scans.append_column("probe", numbers[0]), pa.table({"probe": numbers[1]})], promote_options="default"
     ).append_column("place", pa.array(range(len(scans) + probes), pa.int64()))
     scores = [pa.field(name, pa.float64()) for name in task.columns if name not in schema.names]
-    whole = pa.schema([*schema, *scores, ("probe", pa.int64()), ("place", pa.int64())])
+    whole = pa.schema([*schema, *scores, ("place", pa.int64())])
     actors = min(compute.score_actors, len(rows))
     given = {"worker": worker, "schema": whole, "task": task, "compute": compute}
     found, lost = whole.empty_table(), rows
@@ -63,9 +64,8 @@ def over(
         gc.collect()  # a task's error and its actor hold each other, and the actor its CPU
     lost = lost.append_column("error", pa.repeat(pa.scalar(_LOST), len(lost)))
     found = pa.concat_tables([found, lost], promote_options="default").select(whole.names)
-    scan = pc.less(found["probe"], 0)
-    table = found.filter(scan).sort_by("key").drop_columns(["probe", "place"])
-    probed = found.filter(pc.invert(scan)).sort_by("probe").drop_columns(["probe", "place"])
+    found = found.sort_by("place").drop_columns("place")
+    table, probed = found.slice(0, len(scans)), found.slice(len(scans))
     failed = table["error"].drop_null()
     if len(failed):
         log.warning("%d of %d scans failed, for example: %s", len(failed), len(table), failed[0])
