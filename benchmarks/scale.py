@@ -117,7 +117,7 @@ def measure(rows: int, folder: Path) -> dict[str, float]:
             cohort = open_cohort(manifest)
             len(Cohorts(open_cohort(_few(folder)), cohort, None).digest)
         with phase("scoring"):
-            scores, _ = score(cohort, task, compute=compute, worker=Stub)
+            scores = score(cohort, task, compute=compute, worker=Stub).table
         with phase("selection"):
             selection = select(scores, TopKConfig(k=20))
             pseudo_labels(selection)

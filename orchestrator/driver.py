@@ -125,12 +125,9 @@ def _run_round(work: Work, now: Round, earlier: list[Round], selection: pa.Table
     now.folder.mkdir(exist_ok=True)
     with work.tracker.round(now.name) as track:
         training = work.train(now, earlier[-1] if earlier else None, selection, track)
-        tables = {}
-        if now.stage.ranker and work.cohorts.unlabelled:
-            tables["scores"] = work.score(now, "scores", work.cohorts.unlabelled, now.stage.ranker, earlier)
+        tables = work.score(now, earlier)
+        if "scores" in tables:
             tables["selection"] = select(tables["scores"], now.stage.select, now.number)
-        if work.cohorts.test:
-            tables["test"] = work.score(now, "test", work.cohorts.test)
         metrics = {"stage": now.stage.name, "round": now.index, "training": training} | summarise(tables)
         metrics["seconds"] = {"round": time.perf_counter() - begin, **work.seconds}
         work.record(now, track, metrics, tables)

@@ -91,27 +91,39 @@ class Work:
         """Synthetic images of the labelled scans."""
         return scoring.Probes(tuple(self._scans("labelled", self.cohorts.labelled)[0]), self.config.synthesis, config)
 
-    def score(
-        self, now: Round, name: str, cohort: Cohort, ranker: RankerConfig | None = None, earlier: Sequence[Round] = ()
-    ) -> pa.Table:
-        """Masks and scores of a cohort, and if ranked what the next round learns from, unless they were written."""
-        found = now.table(name)
-        if found is None:
-            log.info("%s: %s of %d scans", now.name, name, len(cohort))
-            out = now.folder / ("masks" if name == "scores" else f"{name}-masks")
-            expect = now.stage.expect
-            probes = self.probes(expect) if single_rankers(ranker) and expect.images else None
-            pseudo = pseudo_of(now, earlier) if ranker else None
-            structures = self.config.data.names[1:] if self.config.data.classes else ()
-            task = scoring.ScoreTask(
-                now.checkpoint, out, ranker, self.fitted(ranker), self.config.seed, probes, pseudo, structures
-            )
+    def score(self, now: Round, earlier: Sequence[Round]) -> dict[str, pa.Table]:
+        """Masks of the unlabelled cohort, ranked, as `scores`, and of that to `test` on, unless they were written."""
+        cohorts = {"scores": self.cohorts.unlabelled if now.stage.ranker else None, "test": self.cohorts.test}
+        tables = {name: now.table(name) for name, cohort in cohorts.items() if cohort}
+        missing = {name: cohort for name, cohort in cohorts.items() if cohort and tables[name] is None}
+        if missing:
+            counts = ", ".join(f"{name} of {len(cohort)} scans" for name, cohort in missing.items())
+            log.info("%s: %s", now.name, counts)
+            ranker = now.stage.ranker if "scores" in missing else None
+            task, (cohort, *rest) = self._scoring(now, ranker, earlier), missing.values()
             with self._timed("scoring"):
-                found, expectation = scoring.score(cohort, task, compute=self.config.compute)
-            if expectation and ranker:
-                quality.save(now.checkpoint, ranker, task.fitted, expectation, bad=expect.bad)
-            now.write_table(name, found)
-        return found
+                scored = scoring.score(cohort, task, aside=rest[0] if rest else None, compute=self.config.compute)
+            if scored.expectation and ranker:
+                quality.save(now.checkpoint, ranker, task.fitted, scored.expectation, bad=now.stage.expect.bad)
+            for name, table in zip(missing, (scored.table, scored.aside), strict=False):
+                tables[name] = table
+                now.write_table(name, table)
+        return tables
+
+    def _scoring(self, now: Round, ranker: RankerConfig | None, earlier: Sequence[Round]) -> scoring.ScoreTask:
+        """How a round's network is put to use; without a ranker on the cohort to test on alone."""
+        expect, aside = now.stage.expect, now.folder / "test-masks"
+        return scoring.ScoreTask(
+            now.checkpoint,
+            now.folder / "masks" if ranker else aside,
+            ranker,
+            self.fitted(ranker),
+            self.config.seed,
+            self.probes(expect) if single_rankers(ranker) and expect.images else None,
+            pseudo_of(now, earlier) if ranker else None,
+            self.config.data.names[1:] if self.config.data.classes else (),
+            aside if self.cohorts.test else None,
+        )
 
     def record(
         self, now: Round, track: RoundTracker, metrics: Mapping[str, Any], tables: Mapping[str, pa.Table]

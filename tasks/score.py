@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -98,6 +98,7 @@ class ScoreTask:
     probes : scored with the cohort, if a Dice is to be expected
     pseudo : if probabilities are to be written too
     structures : their names, if they are several: each has a column of Dice
+    aside : folder of the masks of scans that are only measured
     """
 
     checkpoint: AnyPath
@@ -108,6 +109,7 @@ class ScoreTask:
     probes: Probes | None = None
     pseudo: Pseudo | None = None
     structures: tuple[str, ...] = ()
+    aside: AnyPath | None = None
 
     @property
     def schema(self) -> pa.Schema:
@@ -131,13 +133,28 @@ def columns_of(ranker: RankerConfig | None, /) -> list[str]:
     ]
 
 
+class Scored(NamedTuple):
+    """What is known of scans, what their scores speak for, and what is known of the scans that were only measured."""
+
+    table: pa.Table
+    expectation: Expectation | None = None
+    aside: pa.Table | None = None
+
+
 def score(
-    cohort: Cohort, task: ScoreTask, /, *, compute: ComputeConfig, worker: type | None = None
-) -> tuple[pa.Table, Expectation | None]:
+    cohort: Cohort,
+    task: ScoreTask,
+    /,
+    *,
+    compute: ComputeConfig,
+    aside: Cohort | None = None,
+    worker: type | None = None,
+) -> Scored:
     """Segment all scans, write their masks in native space, and rank them.
 
     Parameters
     ----------
+    aside : scans that are measured by the same actors, and neither ranked nor learned from
     worker : what makes a row of a scan; `Scorer` by default
 
     Returns
@@ -146,10 +163,15 @@ def score(
     `score_TYPE` of each part of a fused ranker; metrics where the cohort names a truth, null where there is none. And
     from the probes, what the scores speak for.
     """
-    task.out.mkdir(parents=True, exist_ok=True)
+    for folder in (task.out, task.aside or task.out):
+        folder.mkdir(parents=True, exist_ok=True)
     probes = task.probes.config.images if task.probes and task.columns else 0
-    scans = cohort.table.select(["key", "image", "label"])
-    table, probed = over(scans, probes, worker or Scorer, task, compute=compute, schema=task.schema)
+    parts = [one.table.select(["key", "image", "label"]) for one in (cohort, aside) if one]
+    parts = [part.append_column("aside", pa.repeat(bool(place), len(part))) for place, part in enumerate(parts)]
+    schema = task.schema.append(pa.field("aside", pa.bool_()))
+    table, probed = over(pa.concat_tables(parts), probes, worker or Scorer, task, compute=compute, schema=schema)
+    measured = table.filter(table["aside"]).select(task.schema.names) if aside else None
+    table = (table.filter(pc.invert(table["aside"])) if aside else table).drop_columns("aside")
     hard = len(table.filter(pc.and_(pc.is_valid(table["mask"]), pc.is_null(table["probability"]))))
     if task.pseudo and hard:
         log.warning("the probabilities of %d of %d scans hold no structure: their masks stay labels", hard, len(table))
@@ -157,7 +179,7 @@ def score(
     if task.probes and probes:
         expectation = expectation_of(probed, task.ranker)
         table = with_expected(table, expectation, task.columns, bad=task.probes.config.bad)
-    return table, expectation
+    return Scored(table, expectation, measured)
 
 
 def expectation_of(probed: pa.Table, ranker: RankerConfig | None, /) -> Expectation:
@@ -207,27 +229,28 @@ class Scorer:
         if row["probe"] >= 0:
             return self._probe(row["probe"])
         try:
-            return self._score(row["key"], row["image"], row["label"])
+            return self._score(row["key"], row["image"], row["label"], aside=row["aside"])
         except SCAN_FAULTS:
             self.task.out.exists()  # raises if it is the storage that does not answer, and not one scan
             raise
 
-    def _score(self, key: str, image: str, label: str | None) -> dict[str, Any]:
+    def _score(self, key: str, image: str, label: str | None, *, aside: bool) -> dict[str, Any]:
         scan = volume.load(image)
         begin = time.process_time()
         prediction = self.predictor(scan)
         row: dict[str, Any] = {"predict_cpu_s": time.process_time() - begin}
-        path = self.task.out / f"{key}.nii.gz"
+        path = ((self.task.aside if aside else None) or self.task.out) / f"{key}.nii.gz"
         _save(prediction.mask, path, like=image)
         row |= {
             "mask": str(path),
-            "probability": self._pseudo(key, image, prediction),
+            "probability": None if aside else self._pseudo(key, image, prediction),
             "volume_mm3": metrics.volume_mm3(prediction.mask.data, scan.spacing_mm),
         }
         row["thumbnail"] = _thumbnail(prediction.image)
-        begin = time.process_time()
-        row |= self._rank(prediction.image, prediction.probability)
-        row["rank_cpu_s"] = time.process_time() - begin if self.rankers else None
+        if self.rankers and not aside:
+            begin = time.process_time()
+            row |= self._rank(prediction.image, prediction.probability)
+            row["rank_cpu_s"] = time.process_time() - begin
         if label:
             classes = self.predictor.classes
             _, truth = load_target(image, label, classes)

@@ -84,6 +84,34 @@ def test_each_scan_is_a_row_and_a_broken_one_has_an_error(
     assert [again[key]["score"] for key in sound] == pytest.approx(expected.tolist())
 
 
+def test_scans_that_stand_aside_are_measured_alone(
+    ray_cluster: None, heads: Cohort, config: RunConfig, tmp_path: Path
+) -> None:
+    meta = Meta(config.network.model_dump(mode="json"), "supervised", config.grid.model_dump(mode="json"), 0, 0, "")
+    checkpoint.save(tmp_path / "unet", networks.build(config.network), meta)
+    first, last = Cohort(heads.table.slice(0, 2)), Cohort(heads.table.slice(1, 2))  # they share a key
+    parts = (ConfidenceRankerConfig(), ConfidenceRankerConfig())
+    pseudo = Pseudo(PseudoLabelConfig(views=ViewsConfig(passes=2)), tmp_path / "shares")
+    task = ScoreTask(tmp_path / "unet", tmp_path / "masks", FusedRankerConfig(rankers=parts), (None, None))
+    task = replace(task, pseudo=pseudo, aside=tmp_path / "aside")
+    scored = score(first, task, aside=last, compute=config.compute)
+    assert scored.aside
+    table, aside = scored.table.to_pylist(), scored.aside.to_pylist()
+    assert [[row["key"] for row in rows] for rows in (table, aside)] == [["head0", "head1"], ["head1", "head2"]]
+    assert {tuple(row) for row in table} == {(*task.schema.names, "score_confidence", "score_confidence_2")}
+    assert {tuple(row) for row in aside} == {tuple(task.schema.names)}
+    assert all(row["score"] is not None and Path(row["mask"]).parent == task.out for row in table)
+    assert all(row["score"] is None and Path(row["mask"]).parent == task.aside for row in aside)
+    assert all(row["rank_cpu_s"] is None and row["probability"] is None for row in aside)
+    measures = ("dice", "hd95_mm", "asd_mm", "miss", "volume_mm3", "thumbnail")
+    assert [table[1][name] for name in measures] == [aside[0][name] for name in measures]
+    assert not (tmp_path / "shares" / "head2.nii.gz").exists()
+    (alone,) = [score(last, replace(task, ranker=None, fitted=(), pseudo=None), compute=config.compute)]
+    timed = ("predict_cpu_s", "mask")
+    assert alone.aside is None
+    assert alone.table.drop_columns(timed).equals(scored.aside.drop_columns(timed))
+
+
 def test_what_cannot_be_written_is_no_scans_fault(
     ray_cluster: None, heads: Cohort, config: RunConfig, tmp_path: Path
 ) -> None:
@@ -142,7 +170,7 @@ def cohort_of(*keys: str) -> Cohort:
 def test_a_scan_that_kills_its_worker_is_a_row_with_an_error(ray_cluster: None, tmp_path: Path) -> None:
     keys = [f"key{number:02d}" for number in range(20)]
     task, compute = ScoreTask(tmp_path, tmp_path), ComputeConfig(score_actors=1)
-    table, _ = score(cohort_of(*keys), task, compute=compute, worker=Deadly)
+    table, *_ = score(cohort_of(*keys), task, compute=compute, worker=Deadly)
     rows = {row["key"]: row for row in table.to_pylist()}
     assert list(rows) == keys
     lost = {key for key, row in rows.items() if row["error"]}
@@ -189,17 +217,17 @@ def test_probes_tell_what_dice_a_score_speaks_for(
     probes = Probes((ray.put(scan),), SynthesisConfig(), ExpectConfig(images=30, bad=1))
     ranker = FusedRankerConfig(rankers=(ConsistencyRankerConfig(passes=1), ConfidenceRankerConfig()))
     task = ScoreTask(tmp_path / "unet", tmp_path / "masks", ranker, (None, None), probes=probes)
-    found, expectation = score(heads, task, compute=config.compute)
+    found, expectation, _ = score(heads, task, compute=config.compute)
     assert expectation and len(expectation.parts) == 2 and expectation.whole
     assert found["key"].to_pylist() == ["head0", "head1", "head2"]
     for row in found.to_pylist():
         assert 0 <= row["expected_low"] <= row["expected_dice"] <= row["expected_high"] <= 1
         assert row["flag"]
         assert len(row["thumbnail"]) == 8**3
-    again, _ = score(heads, task, compute=config.compute)
+    again, *_ = score(heads, task, compute=config.compute)
     assert again.select(EXPECTED).equals(found.select(EXPECTED))
     # What is expected does not depend on who is judged.
-    fewer, _ = score(Cohort(heads.table.slice(0, 1)), task, compute=config.compute)
+    fewer, *_ = score(Cohort(heads.table.slice(0, 1)), task, compute=config.compute)
     assert fewer.select(EXPECTED).equals(found.select(EXPECTED).slice(0, 1))
     chance = replace(task, ranker=RandomRankerConfig(), fitted=())
     assert score(heads, chance, compute=config.compute)[1] is None
