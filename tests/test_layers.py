@@ -23,6 +23,8 @@ THIRD_PARTY: dict[str, set[str]] = {
     "ray": {"tasks", "cluster", "orchestrator"},
     "torch": {"imaging", "models", "tasks", "orchestrator"},
 }
+# Hands what it catches to the driver, which raises it: Ray Data would take it for a worker's death.
+HANDS_ON = {"tasks/score_pool.py"}
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 
@@ -105,7 +107,8 @@ def test_files_and_functions_stay_short(path: Path) -> None:
 @pytest.mark.parametrize("path", ALL, ids=name)
 def test_nothing_catches_everything(path: Path) -> None:
     handlers = [node for node in ast.walk(parse(path)) if isinstance(node, ast.ExceptHandler)]
-    assert [node.lineno for node in handlers if catches_everything(node)] == []
+    caught = [node.lineno for node in handlers if catches_everything(node)]
+    assert len(caught) == (name(path) in HANDS_ON), f"in lines {caught}"
 
 
 @pytest.mark.parametrize("path", [path for path in ALL if path.parent.name != "benchmarks"], ids=name)
