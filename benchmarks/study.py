@@ -1,7 +1,7 @@
 """Does it pay to choose pseudo-labels, and by which ranker? Self-training on the k best of each ranker, against chance.
 
 python benchmarks/study.py DATA [--storage runs] [--seeds 0,1,2] [--k 5,10,20,40] [--vary 20] [--label KEY]
-    [--rankers random,confidence] [--plot FILE] [key=value]
+    [--rankers random,confidence] [--recipes 'soft labels;growing k'] [--plot FILE] [key=value]
 
 DATA/participants.csv has columns key, split, image, mask; splits labelled, unlabelled, test. For each seed the
 first stage of `singlestrip` is trained once, and each ranker and k goes on from it with the same rounds of
@@ -86,12 +86,14 @@ def main() -> None:
     parser.add_argument("--k", default="5,10,20,40")
     parser.add_argument("--vary", type=int, default=20, help="k of the recipes; 0: none of them")
     parser.add_argument("--rankers", default=",".join(RANKERS))
+    parser.add_argument("--recipes", default=";".join(RECIPES), help="those to try, between semicolons")
     parser.add_argument("--label", help="key of the labelled scan, where there are several")
     parser.add_argument("--plot", type=Path, default=Path("study.png"))
     parser.add_argument("settings", nargs="*", help="key=value for all runs")
     options = parser.parse_intermixed_args()
     seeds, ks = ([int(part) for part in text.split(",")] for text in (options.seeds, options.k))
-    ways = list(_ways(options.rankers.split(","), ks, options.vary))
+    recipes = options.recipes.split(";") if options.vary else []
+    ways = list(_ways(options.rankers.split(","), ks, recipes, options.vary))
     common = [*GRID, f"storage={options.storage}", *options.settings]
     with runtime.connect(load(["supervised", "data.labelled=none", *common]).compute):
         pool = split(options.data, labelled="labelled", unlabelled="unlabelled", test="test")
@@ -103,12 +105,11 @@ def main() -> None:
     _plot(_by_way(cells, "test"), options.plot)
 
 
-def _ways(rankers: list[str], ks: list[int], vary: int) -> Iterator[tuple[str, int, list[str]]]:
+def _ways(rankers: list[str], ks: list[int], recipes: list[str], vary: int) -> Iterator[tuple[str, int, list[str]]]:
     """Name, k and settings of all ways to train oneself."""
     for name in rankers:
         yield from ((name, k, _chosen(name, k)) for k in ks)
-    if vary:
-        yield from ((name, vary, [*_chosen(DEFAULT, vary), *settings]) for name, settings in RECIPES.items())
+    yield from ((name, vary, [*_chosen(DEFAULT, vary), *RECIPES[name]]) for name in recipes)
 
 
 def _chosen(ranker: str, k: int) -> list[str]:
