@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 import ray.data
+from ray.data.read_api import from_blocks
 
 from onelabel.configs.schema import ComputeConfig
 from onelabel.errors import SCAN_FAULTS, ClusterError, StorageError, last_line, sentence
@@ -82,7 +83,8 @@ def _passed(rows: pa.Table, given: dict[str, Any], actors: int, size: int) -> pa
     with warnings.catch_warnings():
         # There is no other way yet to say how often a task is tried again.
         warnings.simplefilter("ignore", DeprecationWarning)
-        dataset = ray.data.from_arrow([rows.slice(begin, size) for begin in range(0, len(rows), size)]).map_batches(
+        # `from_arrow` starts processes to look at what we hold
+        dataset = from_blocks([rows.slice(begin, size) for begin in range(0, len(rows), size)]).map_batches(
             Rows,
             batch_size=None,
             batch_format="pyarrow",

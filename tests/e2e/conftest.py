@@ -1,6 +1,8 @@
 """A cohort of phantom heads, and one run over it that several tests look at."""
 
 import csv
+import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,6 +11,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from onelabel.imaging.labels import IGNORE
 from onelabel.imaging.scribbles import scribble
@@ -79,7 +82,13 @@ def command(heads: Path) -> Command:
 def finished(
     command: Command, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """The folder of an undisturbed run, and how its process ended."""
-    storage = tmp_path_factory.mktemp("undisturbed")
-    done = subprocess.run(command(storage), capture_output=True, text=True, check=False, timeout=1200)
-    return storage / "singlestrip", done
+    """The folder of an undisturbed run, and how its process ended; one run for all of pytest's workers."""
+    own = tmp_path_factory.getbasetemp()
+    storage = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "undisturbed"
+    ended = storage / "ended.pickle"
+    storage.mkdir(exist_ok=True)
+    with FileLock(storage / "lock"):
+        if not ended.is_file():
+            done = subprocess.run(command(storage), capture_output=True, text=True, check=False, timeout=1200)
+            ended.write_bytes(pickle.dumps(done))
+    return storage / "singlestrip", pickle.loads(ended.read_bytes())

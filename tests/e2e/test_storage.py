@@ -1,4 +1,4 @@
-"""A run that lies in an object store, scans included: killed, gone on with, cut off from its store, used."""
+"""A run that lies in an object store, scans included: cut off from its store, gone on with, used."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from conftest import SETTINGS
-from processes import assert_same_run, kill_once, wait_for
+from processes import assert_same_run, wait_for
 from pyarrow import fs
 
 from onelabel.imaging.storage import StorePath, path_of
@@ -100,10 +100,9 @@ def checkpoints(run: StorePath, number: int) -> bool:
 
 @pytest.fixture(scope="module")
 def resumed(shop: Shop, scans: StorePath, here: Path) -> tuple[StorePath, Ended]:
-    """A run killed in its scoring, then cut off from its store in its second training, then gone on with."""
+    """A run cut off from its store in its second training, then gone on with."""
     storage = scans.parent / "runs"
     run, command = storage / "singlestrip", training(scans, storage)
-    kill_once(lambda: any(True for _ in run.glob("round-00/masks/*")), begun(command, here))
     process = begun(command, here)
     wait_for(lambda: checkpoints(run, 1), process)
     shop.close()
