@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 from scipy.stats import spearmanr
 from shared import go_on_from, split
 
+from onelabel.cluster import runtime
 from onelabel.configs.load import load
 from onelabel.configs.schema import RandomRankerConfig, RunConfig
 from onelabel.orchestrator.driver import run
@@ -44,7 +45,8 @@ def main() -> None:
     options = parser.parse_intermixed_args()
     ages, seeds = ([int(part) for part in text.split(",")] for text in (options.ages, options.seeds))
     config = partial(_config, options)
-    tables = [[_scored(config(age, seed), config(ages[0], seed)) for seed in seeds] for age in ages]
+    with runtime.connect(config(ages[0], seeds[0]).compute):
+        tables = [[_scored(config(age, seed), config(ages[0], seed)) for seed in seeds] for age in ages]
     columns = [*columns_of(config(ages[0], seeds[0]).stages[0].ranker), EXPECTED[0]]
     sys.stdout.write("\n\n".join([_pool(ages, tables), _ranks(ages, columns, tables), _expected(ages, tables)]) + "\n")
 
