@@ -30,7 +30,7 @@ class Host:
         self._holder = subprocess.Popen(["unshare", *flags, "bash", "-ec", _BEGIN], stdin=subprocess.DEVNULL)
         _await(lambda: any(child.name() == "sleep" for child in psutil.Process(self._holder.pid).children()))
         (first,) = psutil.Process(self._holder.pid).children()
-        self._first = first.pid
+        self._first, self._started = first.pid, list[subprocess.Popen[bytes]]()
         self._space = os.readlink(f"/proc/{first.pid}/ns/pid")
         _ip("link", "add", f"{net.name}-{number}", "type", "veth", "peer", "name", "eth0", "netns", str(first.pid))
         _ip("link", "set", f"{net.name}-{number}", "master", net.name, "up")
@@ -39,15 +39,22 @@ class Host:
 
     def start(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> "subprocess.Popen[bytes]":
         """A process there, whose output goes to a file here."""
+        own = {
+            "HOME": "/tmp/home",
+            "PYTHONPATH": str(REPO),
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        }
         with log.open("wb") as file:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 self._inside(*command),
-                env=os.environ | environment | {"HOME": "/tmp/home", "PYTHONPATH": str(REPO)},
+                env=os.environ | environment | own,
                 cwd="/",
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
             )
+        self._started.append(process)
+        return process
 
     def ray(self, environment: Mapping[str, str], log: Path, *options: str) -> None:
         """Start Ray there."""
@@ -70,7 +77,8 @@ class Host:
         """As if the power went."""
         if self._holder.poll() is None:
             os.kill(self._first, 9)
-            self._holder.wait()
+            for process in (self._holder, *self._started):
+                process.wait()
 
     def _inside(self, *command: str) -> list[str]:
         return ["nsenter", f"--target={self._first}", "--net", "--mount", "--pid", "--", *command]

@@ -11,6 +11,7 @@ import pytest
 from conftest import SETTINGS
 from hosts import Host, Net, net
 from processes import assert_same_run, wait_for
+from pyarrow import fs
 
 from onelabel.imaging.storage import StorePath, path_of
 
@@ -47,7 +48,7 @@ def environment(bridge: Net) -> Iterator[dict[str, str]]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in settings.items():
             patch.setenv(name, value)
-        path_of("s3://lab?allow_bucket_creation=true").mkdir(parents=True, exist_ok=True)
+        fs.FileSystem.from_uri("s3://lab?allow_bucket_creation=true")[0].create_dir("lab")
         yield settings | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": os.urandom(32).hex()}
     server.stop()
 
