@@ -3,11 +3,13 @@
 import hashlib
 import logging
 import os
+import shlex
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
+from onelabel.cluster import runtime
 from onelabel.errors import StorageError, sentence
 from onelabel.imaging import storage
 from onelabel.imaging.storage import AnyPath, StorePath
@@ -31,6 +33,13 @@ def find(folder: AnyPath, home: Path, /) -> None:
     if isinstance(kept, StorePath) and not (home / NAME).is_file() and kept.is_file():
         with storage.writing(home / NAME) as file:
             kept.download(file)
+
+
+def command(uri: str, folder: AnyPath, /) -> str:
+    """The shell command that opens the record; that of a submitted job goes with the job's folder, the copy stays."""
+    if runtime.in_job() and isinstance(folder, StorePath) and uri == f"{SQLITE}{home(folder) / NAME}":
+        return f"mlflow ui --backend-store-uri {SQLITE}{NAME}, where {NAME} is a copy of {folder / NAME}"
+    return shlex.join(["mlflow", "ui", "--backend-store-uri", uri])
 
 
 def copy(source: Path, target: AnyPath, /) -> None:

@@ -141,7 +141,7 @@ class Tracker(RoundTracker):
         """The shell command that opens the record."""
         if self.uri.startswith(("http://", "https://")):
             return shlex.join(["python", "-m", "webbrowser", self.uri])
-        return shlex.join(["mlflow", "ui", "--backend-store-uri", self.uri])
+        return database.command(self.uri, self._folder)
 
     def _send(self, entry: Entry) -> None:
         """Tell MLflow of an entry."""

@@ -97,6 +97,7 @@ def test_a_run_outlives_the_hosts_that_it_loses(
     assert submitted.wait(timeout=3600) == 1, log.read_text()[-3000:]  # one scan is broken
     said = log.read_text()
     assert re.search(r"job \w+ failed", said) and "1 scans failed" in said, said[-3000:]
+    assert f"a copy of {run}/mlflow.db" in said and (run / "mlflow.db").is_file()
     run.download(tmp_path / "run")
     assert_same_run(tmp_path / "run", finished[0])
 

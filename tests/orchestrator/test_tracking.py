@@ -15,6 +15,8 @@ import pytest
 from onelabel.configs.load import dump, parse
 from onelabel.configs.schema import RunConfig
 from onelabel.errors import ClusterError
+from onelabel.imaging.storage import path_of
+from onelabel.orchestrator import database
 from onelabel.orchestrator.tracking import MAX_VALUE, PastRun, Tracker, flatten, open_client
 
 
@@ -105,6 +107,17 @@ def test_the_command_opens_the_record(folder: Path) -> None:
     tracker = Tracker(config(), folder)
     assert tracker.command() == f"mlflow ui --backend-store-uri sqlite:///{folder}/mlflow.db"
     tracker.close()
+
+
+def test_the_record_of_a_job_outlives_its_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = path_of("s3://lab/runs/study")
+    own, given = f"sqlite:///{database.home(run)}/mlflow.db", "postgresql://lab/records"
+    assert [database.command(uri, run) for uri in (own, given)] == [
+        f"mlflow ui --backend-store-uri {uri}" for uri in (own, given)
+    ]
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    assert database.command(own, run).endswith(f"a copy of {run}/mlflow.db")
+    assert database.command(given, run).endswith(given)
 
 
 def test_a_resumed_run_goes_on(folder: Path, client: Any, runs: dict[str, str]) -> None:
