@@ -1,7 +1,7 @@
 """Does it pay to choose pseudo-labels, and by which ranker? Self-training on the k best of each ranker, against chance.
 
 python benchmarks/study.py DATA [--storage runs] [--seeds 0,1,2] [--k 5,10,20,40] [--vary 20] [--label KEY]
-    [--rankers random,confidence] [--recipes 'soft labels;growing k'] [--plot FILE] [key=value]
+    [--rankers random,confidence] [--recipes 'soft labels;growing k'] [--no-reference] [--plot FILE] [key=value]
 
 DATA/participants.csv has columns key, split, image, mask; splits labelled, unlabelled, test. For each seed the
 first stage of `singlestrip` is trained once, and each ranker and k goes on from it with the same rounds of
@@ -87,6 +87,7 @@ def main() -> None:
     parser.add_argument("--vary", type=int, default=20, help="k of the recipes; 0: none of them")
     parser.add_argument("--rankers", default=",".join(RANKERS))
     parser.add_argument("--recipes", default=";".join(RECIPES), help="those to try, between semicolons")
+    parser.add_argument("--no-reference", action="store_true", help="do not train on all labels")
     parser.add_argument("--label", help="key of the labelled scan, where there are several")
     parser.add_argument("--plot", type=Path, default=Path("study.png"))
     parser.add_argument("settings", nargs="*", help="key=value for all runs")
@@ -99,7 +100,8 @@ def main() -> None:
         pool = split(options.data, labelled="labelled", unlabelled="unlabelled", test="test")
         pool += [f"data.labelled.where.key={options.label}"] * bool(options.label)
         every = split(options.data, labelled="unlabelled", test="test")
-        cells = [cell for seed in seeds for cell in _cells(pool, every, common, seed, ways)]
+        cells = [cell for seed in seeds for cell in _cells(pool, common, seed, ways)]
+        cells += [] if options.no_reference else [_reference(pool, every, common, seed) for seed in seeds]
     tables = [f"Dice of the {name}\n\n{_table(_by_way(cells, table))}" for table, name in SETS.items()]
     sys.stdout.write("\n\n".join(tables) + "\n")
     _plot(_by_way(cells, "test"), options.plot)
@@ -116,11 +118,13 @@ def _chosen(ranker: str, k: int) -> list[str]:
     return [f"stages.*={{ranker: {RANKERS[ranker]}, select: {{type: top_k, k: {k}}}}}"]
 
 
-def _cells(
-    pool: list[str], every: list[str], common: list[str], seed: int, ways: Iterable[tuple[str, int, list[str]]]
-) -> Iterator[Cell]:
-    """All runs of a seed, from one labelled scan and from all labels."""
-    one = ["singlestrip", *pool, f"seed={seed}", *common, "stages.1.rounds=2"]
+def _one(pool: list[str], common: list[str], seed: int) -> list[str]:
+    return ["singlestrip", *pool, f"seed={seed}", *common, "stages.1.rounds=2"]
+
+
+def _cells(pool: list[str], common: list[str], seed: int, ways: Iterable[tuple[str, int, list[str]]]) -> Iterator[Cell]:
+    """All runs of a seed from one labelled scan."""
+    one = _one(pool, common, seed)
     base = load([*one, f"name=study-{seed}-base", "stages.*.ranker={type: random}"])
     base = base.model_copy(update={"stages": base.stages[:1]})
     yield Cell(*BASE, seed, _dice(base))
@@ -131,9 +135,13 @@ def _cells(
         go_on_from(fitted, config)
         yield Cell(name, k, seed, _dice(config))
         fitted = config if (Path(config.storage) / config.name / "rankers").is_dir() else fitted
-    steps = sum(stage.steps * stage.rounds for stage in load(one).stages)
+
+
+def _reference(pool: list[str], every: list[str], common: list[str], seed: int) -> Cell:
+    """From the true masks of the pool, for as many steps in all as one label had."""
+    steps = sum(stage.steps * stage.rounds for stage in load(_one(pool, common, seed)).stages)
     reference = ["supervised", *every, f"seed={seed}", f"name=study-{seed}-all", f"stages.0.steps={steps}", *common]
-    yield Cell("all labels", 0, seed, _dice(load(reference)))
+    return Cell("all labels", 0, seed, _dice(load(reference)))
 
 
 def _dice(config: RunConfig) -> dict[str, np.ndarray]:
@@ -180,8 +188,9 @@ def _plot(found: Found, path: Path) -> None:
         bounds = np.array([interval(found[name, k].tolist()) for k in ks])
         axes.plot(ks, means, marker="o", color=colour, label=name)
         axes.fill_between(ks, bounds[:, 0], bounds[:, 1], color=colour, alpha=0.08)
-    for (name, _), style in ((BASE, ":"), (("all labels", 0), "--")):
-        axes.axhline(found[name, 0].mean(), color="black", linestyle=style, label=name)
+    for way, style in ((BASE, ":"), (("all labels", 0), "--")):
+        if way in found:
+            axes.axhline(found[way].mean(), color="black", linestyle=style, label=way[0])
     axes.set(xlabel="k, pseudo-labelled scans of a round", ylabel="mean Dice on the test heads", xscale="log")
     axes.set_xticks(ks, [str(k) for k in ks])
     axes.minorticks_off()
