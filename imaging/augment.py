@@ -188,12 +188,12 @@ def _gaussian(centres: np.ndarray, fwhm: float, size: int) -> Band:
     return Band(start, (weight / weight.sum(1, keepdims=True)).astype(np.float32))
 
 
-def crop(image: Tensor, box: tuple[int, int, int] | None, /) -> Tensor:
-    """Zero what lies out of view."""
+def crop(image: Tensor, box: tuple[int, int, int] | None, /, *, outside: int = 0) -> Tensor:
+    """Blank what lies out of view."""
     if box is None:
         return image
     axis, first, last = box
-    seen = torch.zeros_like(image)
+    seen = torch.full_like(image, outside)
     seen.narrow(axis, first, last - first).copy_(image.narrow(axis, first, last - first))
     return seen
 

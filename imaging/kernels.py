@@ -115,6 +115,7 @@ def look_up(
     spread: Array,
     seed: int,
     cut_mm: float,
+    outside: int,
     image: Array,
     label: Array,
 ) -> None:
@@ -129,6 +130,7 @@ def look_up(
     empty: the scan keeps its own
     seed : of the texture
     cut_mm : beyond this distance all is black; 127 for none
+    outside : label of what is out of view
     image : (x, y, z) float32, written unless it is empty; label : (x, y, z) int8, written
     """
     x_basis, y_basis, z_basis = bases
@@ -145,7 +147,7 @@ def look_up(
             _nearest(place, target.shape, index, inside)
             truth = label[x, y]
             for z in range(nz):
-                truth[z] = all_targets[index[z]] * inside[z]
+                truth[z] = all_targets[index[z]] if inside[z] else outside
             if not image.size:
                 continue
             row, first = image[x, y], (x * ny + y) * nz
@@ -250,15 +252,25 @@ def sample(image: Array, every: int, sd: float, seed: int, box: Array, out: Arra
 
 
 @compiled
-def finish(image: Array, sd: float, seed: int, box: Array, low: float, scale: float, out: Array, label: Array) -> None:
-    """Noise, field of view and scale: image float32 to out uint8; the label is zero out of view, too."""
+def finish(
+    image: Array,
+    sd: float,
+    seed: int,
+    box: Array,
+    low: float,
+    scale: float,
+    outside: int,
+    out: Array,
+    label: Array,
+) -> None:
+    """Noise, field of view and scale: image float32 to out uint8, zero out of view, where the label is `outside`."""
     nx, ny, nz = image.shape
     for x in range(nx):
         for y in range(ny):
             row, result, truth = image[x, y], out[x, y], label[x, y]
             if not (box[0, 0] <= x < box[0, 1] and box[1, 0] <= y < box[1, 1]):
                 result[:] = 0
-                truth[:] = 0
+                truth[:] = outside
                 continue
             first = (x * ny + y) * nz
             for z in range(nz):
@@ -267,4 +279,4 @@ def finish(image: Array, sd: float, seed: int, box: Array, low: float, scale: fl
             for z in range(nz):
                 if z < box[2, 0] or z >= box[2, 1]:
                     result[z] = 0
-                    truth[z] = 0
+                    truth[z] = outside

@@ -32,6 +32,7 @@ class BinnedScan:
     target : (*size) int8, class of a voxel; 0 background, IGNORE unknown, which looks like background
     distance_mm : (*size) int8, distance to the edge of what is not background, negative inside, clipped to +-127
     tables : (classes, max_bins + 1, 256) uint8, bin of a level where its class has that many bins; 255 is air
+    outside : class of what is out of view: IGNORE if some of the target is, or it would outweigh what is annotated
     probability : (structures, *size) uint8, 255 for 1; None where the label is hard
     """
 
@@ -39,6 +40,7 @@ class BinnedScan:
     target: np.ndarray
     distance_mm: np.ndarray
     tables: np.ndarray
+    outside: int = 0
     probability: np.ndarray | None = None
 
 
@@ -83,7 +85,8 @@ def bin_scan(
     outside = distance_transform_edt(~foreground, sampling=spacing_mm)
     inside_mm = distance_transform_edt(foreground, sampling=spacing_mm)
     distance = np.clip(np.rint(outside - inside_mm), -FAR_MM, FAR_MM).astype(np.int8)
-    return BinnedScan(levels, target.astype(np.int8), distance, tables)
+    unknown = IGNORE if (target == IGNORE).any() else 0
+    return BinnedScan(levels, target.astype(np.int8), distance, tables, unknown)
 
 
 def read_probability(

@@ -95,7 +95,7 @@ def move(target: np.ndarray, deformation: deform.Deformation, /, *, spacing_mm: 
     """Look up a label map, (*size) int8, through a deformation."""
     label, no_image, none = np.empty_like(target), np.empty((0, 0, 0), np.float32), np.empty(0, np.float32)
     where = _splines(deform.control_points(deformation, size=target.shape, spacing_mm=spacing_mm), target.shape)
-    kernels.look_up(target.view(np.uint8), target, target, *where, none, none, 0, 0.0, no_image, label)
+    kernels.look_up(target.view(np.uint8), target, target, *where, none, none, 0, 0.0, 0, no_image, label)
     return label
 
 
@@ -109,7 +109,7 @@ def in_torch(
         target = torch.from_numpy(params.target).to(device, non_blocking=True)
     place = deform.coordinates(params.deformation, size=size, spacing_mm=spacing_mm, device=device)
     index, inside = deform.nearest(place, size=scan.levels.shape)
-    target = target.flatten().index_select(0, index).mul_(inside)
+    target = target.flatten().index_select(0, index).masked_fill_(~inside, scan.outside)
     if params.paint is None:
         image = deform.linear(levels.float().div_(LEVELS - 1), place)
     else:
@@ -119,7 +119,8 @@ def in_torch(
         beyond = distance_mm.flatten().index_select(0, index) > params.cut_mm
         image = image.masked_fill(beyond.reshape(size), 0.0)
     image = augment.apply(image, params.appearance, whole=params.whole)
-    return image, augment.crop(target.clamp_(min=IGNORE).reshape(size), params.appearance.crop)
+    label = target.clamp_(min=IGNORE).reshape(size)
+    return image, augment.crop(label, params.appearance.crop, outside=scan.outside)
 
 
 def paint(levels: Tensor, target: Tensor, params: Paint, /) -> Tensor:
@@ -146,7 +147,7 @@ def _compiled(scan: BinnedScan, params: Params, spacing_mm: deform.Spacing) -> t
         mean, spread = (part[params.paint.table].numpy() for part in (params.paint.mean, params.paint.spread))
         seed = params.paint.seed
     cut = FAR_MM if params.cut_mm is None else params.cut_mm
-    kernels.look_up(scan.levels, target, scan.distance_mm, *where, mean, spread, seed, cut, image, label)
+    kernels.look_up(scan.levels, target, scan.distance_mm, *where, mean, spread, seed, cut, scan.outside, image, label)
     if look.bias is not None:
         kernels.multiply(image, *_splines(look.bias, size))
     augment.spread_in_place(image, look.spread)
@@ -158,7 +159,7 @@ def _compiled(scan: BinnedScan, params: Params, spacing_mm: deform.Spacing) -> t
         kernels.sample(image, every, *noise, box, seen)
         low, scale = (bound.item() for bound in augment.bounds(torch.from_numpy(seen)))
     result = np.empty(size, np.uint8)
-    kernels.finish(image, *noise, box, low, scale, result, label)
+    kernels.finish(image, *noise, box, low, scale, scan.outside, result, label)
     return torch.from_numpy(result), torch.from_numpy(label).clamp_(min=IGNORE)
 
 

@@ -277,6 +277,24 @@ def test_a_cropped_view_crops_the_label(scan: BinnedScan, engine: str) -> None:
         assert np.array_equal(label[~unseen].numpy(), scan.target[~unseen.numpy()])
 
 
+@ENGINES
+def test_out_of_view_nothing_is_known_of_a_partly_annotated_scan(
+    head: tuple[np.ndarray, np.ndarray], engine: str
+) -> None:
+    image, mask = head
+    target = np.full(mask.shape, IGNORE)
+    middle = tuple(slice(n // 3, 2 * n // 3) for n in mask.shape)
+    target[middle] = mask[middle]
+    target[middle][:2] = 0
+    partly = bin_scan(image, target, spacing_mm=SPACING_MM, config=BinsConfig())
+    annotated = np.count_nonzero(target != IGNORE)
+    far = DeformConfig(translate_mm=20, scale=(0.8, 1))
+    effects = CLEAR.model_dump() | {"crop": {"probability": 1, "share": (0.3, 0.3)}}
+    found = [made(partly, plain(augment=effects, deform=far), seed, engine)[1] for seed in range(8)]
+    assert all((label != IGNORE).sum() < 2 * annotated for label in found)
+    assert any((label == 1).any() for label in found)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: CPU and GPU synthesis are not compared")
 @pytest.mark.parametrize("real", [False, True])
 def test_the_gpu_makes_the_same_images(scan: BinnedScan, real: bool) -> None:
