@@ -52,7 +52,7 @@ class Work:
     folder: AnyPath
     tracker: Tracker
     queue: Queue
-    prepared: dict[str, list[Any]] = field(default_factory=dict)
+    prepared: dict[str, Scans] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     def train(
@@ -150,9 +150,9 @@ class Work:
             initial = ray.put(checkpoint.load(previous.checkpoint)[0].state_dict())
         scans = {"labelled": self._scans("labelled", self.cohorts.labelled)}
         if selection is not None:
-            if not len(selection):
-                raise DataError(f"no usable mask was left for {now.name} to learn from; train the rounds before longer")
             scans["selected"] = self._scans(f"selected for {now.name}", pseudo_labels(selection))
+            if not scans["selected"][0]:
+                raise DataError(f"no usable mask was left for {now.name} to learn from; train the rounds before longer")
         learner, network, seed = now.stage.learner, self.config.segmenter, derive(self.config.seed, now.index)
         meta = self._meta(network.model_dump(mode="json"), learner.type, seed)
         task = FitTask(now.name, learner, network, now.stage.steps, seed, meta, initial, now.number, now.stage.rounds)
@@ -208,13 +208,15 @@ class Work:
         return self.folder / "rankers" / f"{config.type}-{derive(config.model_dump_json()):014x}"
 
     def _scans(self, name: str, cohort: Cohort) -> Scans:
-        """References to the cohort's scans on the grid, prepared once, and their weights."""
+        """References to usable scans on the grid, prepared once, and their weights; of labelled ones all must be."""
         if name not in self.prepared:
             # Of the selections only the newest is read again.
-            self.prepared = {key: refs for key, refs in self.prepared.items() if key == "labelled"}
+            self.prepared = {key: scans for key, scans in self.prepared.items() if key == "labelled"}
             with self._timed("preparing"):
-                self.prepared[name] = streams.prepare(cohort, self.config)
-        return self.prepared[name], [row["weight"] for row in cohort.rows()]
+                refs = streams.prepare(cohort, self.config, spare=name != "labelled")
+            usable = [(ref, row["weight"]) for ref, row in zip(refs, cohort.rows(), strict=True) if ref is not None]
+            self.prepared[name] = [ref for ref, _ in usable], [weight for _, weight in usable]
+        return self.prepared[name]
 
     def _meta(self, network: dict[str, Any], learner: str, seed: int) -> checkpoint.Meta:
         grid, labels = self.config.grid.model_dump(mode="json"), asdict(Classes.of(self.config.data))

@@ -4,6 +4,7 @@ Sample i of a stream is a pure function of the stream and i, so any actor may ma
 bytes are the same.
 """
 
+import logging
 import math
 import time
 from collections import deque
@@ -29,6 +30,8 @@ from onelabel.imaging.prepare import scan_on_grid
 from onelabel.imaging.volume import Grid
 from onelabel.models.learners import Samples
 from onelabel.tasks.cohort import PROBABILITY, Cohort
+
+log = logging.getLogger(__name__)
 
 Sample = tuple[np.ndarray, np.ndarray, float]
 
@@ -239,18 +242,26 @@ def collate(samples: Sequence[Sample], device: torch.device, /) -> Samples:
     return Samples(image.unsqueeze(1) * (1 / 255), label, torch.tensor(weights, dtype=torch.float32, device=device))
 
 
-def prepare(cohort: Cohort, config: RunConfig, /) -> list[Any]:
-    """Load, conform and bin all scans of a cohort in parallel; references to BinnedScan, in the cohort's order."""
+def prepare(cohort: Cohort, config: RunConfig, /, *, spare: bool = False) -> list[Any]:
+    """Load, conform and bin all scans of a cohort in parallel; references to BinnedScan, in the cohort's order.
+
+    One that cannot be used, such as a mask too small for the grid, is a DataError; with `spare` a warning, and None.
+    """
     grid = Grid(config.grid.spacing_mm, config.grid.size)
     rows = cohort.rows()
     bins, classes, seed = config.synthesis.bins, Classes.of(config.data), config.seed
-    refs = [_prepare.remote(row["image"], row["label"], row["kind"], grid, bins, classes, seed) for row in rows]
-    for row, ref in zip(rows, refs, strict=True):
+    refs: list[Any] = [
+        _prepare.remote(row["image"], row["label"], row["kind"], grid, bins, classes, seed) for row in rows
+    ]
+    for place, (row, ref) in enumerate(zip(rows, refs, strict=True)):
         try:
             ray.wait([ref], fetch_local=False)
             ray.get(_touch.remote(ref))
         except ray.exceptions.RayTaskError as error:
-            raise DataError(f"scan '{row['key']}': {error.cause}") from None
+            if not (spare and isinstance(error.cause, DataError)):
+                raise DataError(f"scan '{row['key']}': {error.cause}") from None
+            log.warning("scan '%s' is left out: %s", row["key"], error.cause)
+            refs[place] = None
     return refs
 
 

@@ -97,6 +97,23 @@ def test_ingredients_come_by_their_shares_and_weights(stream: Stream) -> None:
     assert 0.3 < weights.count(1.0) / len(weights) < 0.7
 
 
+def test_a_mask_too_small_for_the_grid_ends_nothing_where_it_may_be_spared(
+    ray_cluster: None, heads: Cohort, config: RunConfig, tmp_path: Path
+) -> None:
+    rows = heads.rows()
+    mask = nib.load(rows[1]["label"])
+    speck = np.zeros(mask.shape, np.uint8)
+    speck[tuple(n // 2 for n in mask.shape)] = 1
+    nib.save(nib.Nifti1Image(speck, mask.affine), tmp_path / "speck.nii.gz")
+    rows[1]["label"] = str(tmp_path / "speck.nii.gz")
+    cohort = Cohort(pa.Table.from_pylist(rows, heads.table.schema))
+    coarse = config.model_copy(update={"grid": config.grid.model_copy(update={"spacing_mm": (12.0, 12.0, 12.0)})})
+    refs = streams.prepare(cohort, coarse, spare=True)
+    assert [ref is None for ref in refs] == [place == 1 for place in range(len(rows))]
+    with pytest.raises(DataError, match=f"scan '{rows[1]['key']}': "):
+        streams.prepare(cohort, coarse)
+
+
 def test_mask_stream_deforms_the_mask_alone(prepared: list[Any], config: RunConfig) -> None:
     parts = (StreamConfig(type="mask", deform=STILL),)
     built = streams.build(parts, config, scans={"labelled": (prepared[:1], [1.0])}, seed=0)
