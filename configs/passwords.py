@@ -4,18 +4,20 @@ import re
 
 from onelabel.errors import ConfigError
 
-_CREDENTIALS = re.compile(r"(?<=//)[^/@\s]*@")
-_PASSWORD = re.compile(r"//[^/@\s:]*:[^/@\s]*@")
+# Keys of S3 may hold slashes.
+_CREDENTIALS = re.compile(r"(?<=//)[^/@\s]*@|(?<=s3://)[^/@\s:]*:[^?@\s]*@")
+_PASSWORD = re.compile(r"//[^/@\s:]*:[^/@\s]*@|s3://[^/@\s:]*:[^?@\s]*@")
+_NAMED = re.compile(r"(?<=[?&])([\w-]*(?:password|passwd|secret|token)[\w-]*|pwd|sig)=[^&#\s]+", re.IGNORECASE)
 
 
 def without_password(text: str, /) -> str:
     """A text in which the URLs hold no credentials."""
-    return _CREDENTIALS.sub("", text)
+    return _NAMED.sub(r"\1=...", _CREDENTIALS.sub("", text))
 
 
 def has_password(text: str, /) -> bool:
-    """Whether a text holds a URL such as s3://KEY:SECRET@bucket."""
-    return bool(_PASSWORD.search(text))
+    """Whether a text holds a URL such as s3://KEY:SECRET@bucket, or HOST/DB?password=SECRET."""
+    return bool(_PASSWORD.search(text) or _NAMED.search(text))
 
 
 def refuse_passwords(settings: object, key: str = "") -> None:

@@ -8,8 +8,9 @@ DATA = ("data.labelled=a.nii.gz", "data.unlabelled=b/")
 
 
 def test_credentials_are_cut_out() -> None:
-    text = "see http://user:pass@host/x and sqlite:////tmp/a.db"
-    assert without_password(text) == "see http://host/x and sqlite:////tmp/a.db"
+    text = "see http://user:pass@host/x, s3://KEY:ab/cd@bucket/y, postgresql://db?password=word&x=1 and sqlite:////tmp/a.db"
+    cut = "see http://host/x, s3://bucket/y, postgresql://db?password=...&x=1 and sqlite:////tmp/a.db"
+    assert without_password(text) == cut
 
 
 @pytest.mark.parametrize(
@@ -17,6 +18,10 @@ def test_credentials_are_cut_out() -> None:
     [
         ("s3://KEY:SECRET@bucket/x", True),
         ("postgresql://me:word@host:5432/db", True),
+        ("s3://KEY:ab/cd@bucket/x", True),
+        ("postgresql+psycopg2://db/mlflow?user=me&password=word", True),
+        ("abfs://c@account/x?tenant_id=1&client_secret=S", True),
+        ("http://host/x?design=7#token", False),
         ("s3://bucket/a:b@c", False),
         ("http://host:8265/x@y", False),
         ("postgresql://me@host:5432/db", False),
