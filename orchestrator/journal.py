@@ -54,6 +54,8 @@ class Journal:
             self._waiting += entries
             if not self._away or time.monotonic() - self._asked > RETRY_S:
                 self._hand_over(entries if strict else ())
+            else:
+                self._file()
 
     def close(self) -> None:
         """Try once more to send what waits, and keep the rest in the file."""
