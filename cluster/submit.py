@@ -24,7 +24,7 @@ for _chatty in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.jo
     logging.getLogger(_chatty).setLevel(logging.WARNING)
 
 _RECORD = "run.yaml"
-_COMMAND = f"python -m onelabel.orchestrator run {_RECORD}"
+_COMMAND = "python -m onelabel.orchestrator"
 _ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 _LOCAL = "http://127.0.0.1:8265"
 _LOOK_S = 1
@@ -57,13 +57,14 @@ class Jobs:
             self._client = JobSubmissionClient(headers=_credentials())
 
     def submit(self, config: RunConfig, /) -> str:
-        """Hand a run over, with this code; the job's id."""
+        """Hand a run, or a search, over with this code; the job's id."""
         with TemporaryDirectory() as scratch, self._answering():
             folder = Path(scratch) / "job"
             folder.mkdir()
             dump(for_job(config), folder / _RECORD)
+            command = f"{_COMMAND} {'search' if config.search else 'run'} {_RECORD}"
             environment = {"working_dir": str(folder), "py_modules": [str(runtime.package(Path(scratch)))]}
-            return self._client.submit_job(entrypoint=_COMMAND, runtime_env=environment, metadata={"name": config.name})
+            return self._client.submit_job(entrypoint=command, runtime_env=environment, metadata={"name": config.name})
 
     def follow(self, job: str, write: Callable[[str], None], /) -> JobDetails:
         """Write a job's log from its beginning until the job ends; a connection that breaks is made again."""
@@ -77,16 +78,18 @@ class Jobs:
                 seen += len(text)
                 written = max(written, seen)
 
-        answered = time.monotonic()
+        lost: float | None = None  # since when
         while True:
             try:
+                found = self._client.get_job_info(job)  # before the log: if it has ended, that is all of it
+                if not found.status.is_terminal():
+                    lost = None
                 asyncio.run(tail())
-                found = self._client.get_job_info(job)
-                answered = time.monotonic()
                 if found.status.is_terminal():
                     return found
             except _LOST as error:
-                if time.monotonic() - answered > _PATIENCE_S:
+                lost = lost or time.monotonic()
+                if time.monotonic() - lost > _PATIENCE_S:
                     raise ClusterError(
                         f"{self._name} does not answer any more ({_reason(error)}); job {job} may go on"
                     ) from error

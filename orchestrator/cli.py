@@ -112,7 +112,7 @@ def submit(
     status: Annotated[str | None, typer.Option(metavar="JOB", help="Say how a job is, and end.")] = None,
     stop: Annotated[str | None, typer.Option(metavar="JOB", help="Stop a job, and end.")] = None,
 ) -> None:
-    """Train on a cluster: `run` as a Ray job, whose log is followed.
+    """Train on a cluster: `run`, or `search` where one is set, as a Ray job, whose log is followed.
 
     onelabel submit singlestrip data.labelled=/shared/head.nii.gz ... --address http://HEAD:8265
     """

@@ -1,3 +1,4 @@
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -49,21 +50,41 @@ def test_exit_codes(status: JobStatus, code: int | None, expected: int) -> None:
     assert exit_code(details(status, code)) == expected
 
 
-class Wavering:
-    """A client whose connection breaks after each piece of log, and begins anew."""
+class Recorder:
+    """A client that only remembers what it is given."""
 
-    def __init__(self, pieces: list[str]) -> None:
-        self.pieces, self.calls = pieces, 0
+    entrypoint = ""
+
+    def submit_job(self, *, entrypoint: str, **options: Any) -> str:
+        self.entrypoint = entrypoint
+        return "j"
+
+
+@pytest.mark.parametrize("kind", ["run", "search"])
+def test_a_search_is_sent_as_one(kind: str) -> None:
+    client = Recorder()
+    data = ["data.labelled=a.nii.gz", "data.unlabelled=s3://bucket/x"]
+    presets = ["singlestrip", *(["search"] if kind == "search" else [])]
+    assert jobs(client).submit(load([*presets, *data])) == "j"
+    assert client.entrypoint == f"python -m onelabel.orchestrator {kind} run.yaml"
+
+
+class Wavering:
+    """A client whose connection holds for a while, and breaks after each piece of log; it ends when all were told."""
+
+    def __init__(self, pieces: list[str], *, holds_s: float = 0) -> None:
+        self.pieces, self.calls, self.holds_s = pieces, 0, holds_s
 
     async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
         self.calls += 1
         for piece in self.pieces[: self.calls]:
             yield piece
         if self.calls < len(self.pieces):
+            await asyncio.sleep(self.holds_s)
             raise RuntimeError("the connection broke")
 
     def get_job_info(self, job: str) -> JobDetails:
-        return details(JobStatus.SUCCEEDED)
+        return details(JobStatus.SUCCEEDED if self.calls >= len(self.pieces) else JobStatus.RUNNING)
 
 
 def jobs(client: Any) -> Jobs:
@@ -76,6 +97,14 @@ def test_a_broken_connection_repeats_nothing(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(submit, "_LOOK_S", 0)
     said: list[str] = []
     assert jobs(Wavering(["one\n", "two\n", "three\n"])).follow("j", said.append).status == JobStatus.SUCCEEDED
+    assert "".join(said) == "one\ntwo\nthree\n"
+
+
+def test_a_connection_that_held_long_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submit, "_LOOK_S", 0)
+    monkeypatch.setattr(submit, "_PATIENCE_S", 0.1)
+    said: list[str] = []
+    jobs(Wavering(["one\n", "two\n", "three\n"], holds_s=0.3)).follow("j", said.append)
     assert "".join(said) == "one\ntwo\nthree\n"
 
 
