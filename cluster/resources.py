@@ -92,7 +92,7 @@ def check(demands: Sequence[Demand], /, *, wait_s: float) -> None:
                 more = "" if wait_s else ", or set compute.wait_s where an autoscaler adds them"
                 raise ClusterError(f"{_sentence(unmet[0], _nodes())}; lower {unmet[0].change}, or add nodes{more}")
             if not asked:
-                request_resources(bundles=[dict(bundle) for bundle in unmet[0].bundles])
+                request_resources(bundles=[asked_for(bundle) for bundle in unmet[0].bundles])
             if not asked or now - told >= _TELL_S:
                 log.warning("%s; waiting %.0f s for more nodes", _sentence(unmet[0], _nodes()), begin + wait_s - now)
                 told = now
@@ -139,6 +139,11 @@ def release_orphans() -> int:
     for group in orphans:
         remove_placement_group(PlacementGroup(PlacementGroupID(group.placement_group_id)))
     return len(orphans)
+
+
+def asked_for(bundle: Bundle, /) -> dict[str, float]:
+    """What an autoscaler may be asked for: no kind of node declares an object store, and none would be added."""
+    return {name: amount for name, amount in bundle.items() if amount and name != "object_store_memory"}
 
 
 def together(*bundles: Bundle) -> Bundle:

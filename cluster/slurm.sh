@@ -14,7 +14,8 @@ head=${nodes[0]}
 port=$((20000 + SLURM_JOB_ID % 10000))
 
 start() { # NODE OPTION...
-    srun --nodes=1 --ntasks=1 --nodelist="$1" ray start --block --num-cpus="${SLURM_CPUS_PER_TASK:-1}" "${@:2}" &
+    local cpus=${SLURM_CPUS_PER_TASK:-1} # which srun does not take over by itself
+    srun --nodes=1 --ntasks=1 --cpus-per-task="$cpus" --nodelist="$1" ray start --block --num-cpus="$cpus" "${@:2}" &
 }
 listens() { (: < "/dev/tcp/$head/$port") 2> /dev/null; }
 

@@ -15,6 +15,7 @@ import ray
 import yaml
 
 from onelabel import __version__
+from onelabel.cluster.resources import asked_for, fits, of_stage
 from onelabel.configs.load import load
 
 jsonschema = pytest.importorskip("jsonschema")
@@ -72,6 +73,18 @@ def test_nodes_are_closed_by_a_token_and_come_by_need() -> None:
     }
     assert gpus == {"synthesis": None, "training": "1"}
     assert all(group["minReplicas"] == 0 < group["maxReplicas"] for group in groups.values())
+
+
+def test_the_autoscaler_can_add_what_the_job_asks_for() -> None:
+    from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
+
+    config = load(read("kuberay.yaml")["spec"]["entrypoint"].split()[2:])
+    cluster = read("kuberay-cluster.yaml")
+    cluster["metadata"] |= {"namespace": "default"}
+    kinds = _derive_autoscaling_config_from_ray_cr(cluster)["available_node_types"]
+    nodes = [kind["resources"] for kind in kinds.values() for _ in range(kind["max_workers"])]
+    for demand in of_stage(config.compute, actor_bytes=1e9, store_bytes=1e9):
+        assert fits([asked_for(bundle) for bundle in demand.bundles], nodes)
 
 
 def test_the_job_runs_a_config_that_loads() -> None:
@@ -139,7 +152,7 @@ def test_slurm_starts_a_head_then_the_others_then_the_run(tmp_path: Path) -> Non
     )
     assert done.returncode == 7, done.stderr
     run = "onelabel run compute.wait_s=300 singlestrip name=a b compute.address=127.0.0.1:23456"
-    node = "--nodes=1 --ntasks=1 --nodelist={} ray start --block --num-cpus=3 {} token 64"
+    node = "--nodes=1 --ntasks=1 --cpus-per-task=3 --nodelist={} ray start --block --num-cpus=3 {} token 64"
     head = node.format("127.0.0.1", "--head --port=23456 --include-dashboard=false")
     assert set((tmp_path / "log").read_text().splitlines()) == {
         head,
