@@ -73,14 +73,14 @@ def _run(config: RunConfig, on_round: Callable[[dict[str, Any]], None] | None) -
     rounds = plan(config, folder)
     news = not all(now.done for now in rounds)
     preload()
-    with runtime.connect(config.compute) as joined, Tracker(config, folder) as tracker:
+    with runtime.connect(config.compute) as joined, Tracker(config, folder) as tracker, mendable(folder):
         demands = resources.of_stage(config.compute, **needs(config, cohorts))
         resources.check(demands, wait_s=config.compute.wait_s if joined else 0)
         if joined:
             runtime.check_shared(folder)
         work = Work(config, cohorts, folder, tracker, row_queue())
         selection = None
-        with resources.watch(demands), mendable(folder):
+        with resources.watch(demands):
             for now in rounds:
                 if not now.done:
                     _run_round(work, now, rounds[: now.index], selection)

@@ -23,8 +23,9 @@ from onelabel.errors import ClusterError, ConfigError, OnelabelError
 from onelabel.imaging.places import is_uri
 from onelabel.imaging.random import derive
 from onelabel.orchestrator import surface, trials
+from onelabel.orchestrator.driver import mendable
 from onelabel.orchestrator.page import NAME
-from onelabel.orchestrator.setup import Cohorts, check, needs, open_cohorts, open_folder
+from onelabel.orchestrator.setup import Cohorts, check, needs, open_cohorts, open_folder, outlive_job
 from onelabel.orchestrator.tracking import Tracker, preload
 from onelabel.orchestrator.trials import Point, Trial
 
@@ -89,6 +90,7 @@ def search(config: RunConfig, /) -> Found:
     if is_uri(config.storage):
         raise ConfigError(f"storage '{config.storage}' cannot hold a search, which locks files: give a folder")
     objective = trials.objective(config)
+    outlive_job(config)
     config = absolute(config)
     common = config.model_copy(update={"search": None, "storage": str(Path(config.storage) / config.name)})
     tried = trials.bases_first([_possible(common, point) for point in trials.points(config)])
@@ -96,13 +98,15 @@ def search(config: RunConfig, /) -> Found:
     open_folder(config, record=RECORD)
     folder = trials.folder_of(config).resolve()
     preload()
-    with runtime.connect(config.compute) as joined, Tracker(config, folder) as tracker:
+    with runtime.connect(config.compute) as joined, Tracker(config, folder) as tracker, mendable(folder):
         demands = [
             resources.of_stage(one.config.compute, **needs(one.config, each))
             for one, each in zip(tried, cohorts, strict=True)
         ]
         for demand in demands:
             resources.check(demand, wait_s=config.compute.wait_s if joined else 0)
+        if joined:
+            runtime.check_shared(folder)
         # Trials that write to one SQLite file at a time wait for each other.
         uri = tracker.uri if config.tracking.uri else f"{tracker.uri}?timeout=60"
         nested = config.tracking.model_copy(update={"uri": uri, "parent": tracker.run_id})
@@ -157,7 +161,7 @@ def _tune(config: RunConfig, common: RunConfig, tried: list[Point], objective: s
     os.environ.update(_ENVIRONMENT)
     settings, halving = config.search, config.search.halving
     optuna = settings.sampler == "optuna"
-    space: dict[str, Any] = {"point": tune.grid_search(tried)}
+    space: dict[str, Any] = {"point": tune.grid_search([trials.encoded(config, point) for point in tried])}
     if optuna:
         space = {"point": {key: trials.domain(dimension) for key, dimension in settings.space.items()}}
     # It would warn that there are no files of results, which nobody reads.
@@ -263,6 +267,8 @@ def _ranked(all_of_them: list[Trial], objective: str) -> list[Trial]:
 
 def _record(config: RunConfig, found: Found, tracker: Tracker) -> None:
     """The best settings as a file, and a page, in the folder and in MLflow."""
+    if not found.trials:
+        raise ClusterError(f"no trial left anything in '{found.folder}'; it must be a folder that all nodes mount")
     best = found.best
     values = best.values(found.objective)
     if best.error or not best.done or values[-1] is None:

@@ -158,6 +158,20 @@ def needs(config: RunConfig, cohorts: Cohorts, /) -> dict[str, float]:
     return {"actor_bytes": streams.actor_bytes(seen), "store_bytes": store}
 
 
+def outlive_job(config: RunConfig, /) -> None:
+    """Refuse storage that would end with a submitted job.
+
+    Raises
+    ------
+    ClusterError : what to set.
+    """
+    if runtime.in_job() and not (path_of(config.storage) / config.name).is_absolute():
+        raise ClusterError(
+            f"storage '{config.storage}' lies in the folder of a submitted job, which Ray removes after it; set"
+            " storage=/FOLDER to one that all nodes mount"
+        )
+
+
 def open_folder(config: RunConfig, /, *, record: str = _RECORD) -> AnyPath:
     """The run's folder, made or, for the same settings, gone on with.
 
@@ -172,11 +186,7 @@ def open_folder(config: RunConfig, /, *, record: str = _RECORD) -> AnyPath:
     ConfigError : the folder holds a run of other settings, or a record that cannot be read.
     """
     folder = path_of(config.storage) / config.name
-    if runtime.in_job() and not folder.is_absolute():
-        raise ClusterError(
-            f"storage '{config.storage}' lies in the folder of a submitted job, which Ray removes after it; set"
-            " storage=/FOLDER to one that all nodes mount"
-        )
+    outlive_job(config)
     recorded = folder / record
     try:
         folder.mkdir(parents=True, exist_ok=True)

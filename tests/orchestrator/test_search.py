@@ -43,7 +43,7 @@ def tried(config: RunConfig, common: RunConfig) -> list[Trial]:
 
 
 def test_trials_that_fail_are_rows_and_stop_nothing(ray_cluster: None, tmp_path: Path) -> None:
-    config, common = searched(tmp_path)
+    config, common = searched(tmp_path, "search.space.synthesis.bins.method=[quantile]")
     points = trials.points(config)
     for place, point in enumerate(points[:2]):
         finish(trials.trial(common, point), 0.7 + 0.1 * place)
@@ -125,6 +125,16 @@ def test_what_cannot_be_is_said_before_anything_starts(heads: list[str], items: 
         search.search(config)
     assert "\n" not in str(caught.value)
     assert not Path(config.storage).exists()
+
+
+def test_what_would_end_with_a_job_is_refused(
+    heads: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ClusterError, match="storage 'here' lies in the folder of a submitted job"):
+        search.search(load(["singlestrip", *heads, *SPACE, "storage=here"]))
+    assert not (tmp_path / "here").exists()
 
 
 def test_a_folder_of_another_search_is_refused(heads: list[str], tmp_path: Path) -> None:
