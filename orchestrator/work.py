@@ -102,12 +102,15 @@ class Work:
             ranker = now.stage.ranker if "scores" in missing else None
             task, (cohort, *rest) = self._scoring(now, ranker, earlier), missing.values()
             with self._timed("scoring"):
-                scored = scoring.score(cohort, task, aside=rest[0] if rest else None, compute=self.config.compute)
+                scored = scoring.score(
+                    cohort, task, aside=rest[0] if rest else None, compute=self.config.compute, keep=now.folder / "rows"
+                )
             if scored.expectation and ranker:
                 quality.save(now.checkpoint, ranker, task.fitted, scored.expectation, bad=now.stage.expect.bad)
             for name, table in zip(missing, (scored.table, scored.aside), strict=False):
                 tables[name] = table
                 now.write_table(name, table)
+            storage.remove(now.folder / "rows")
         return tables
 
     def _scoring(self, now: Round, ranker: RankerConfig | None, earlier: Sequence[Round]) -> scoring.ScoreTask:

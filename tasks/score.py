@@ -148,6 +148,7 @@ def score(
     *,
     compute: ComputeConfig,
     aside: Cohort | None = None,
+    keep: AnyPath | None = None,
     worker: type | None = None,
 ) -> Scored:
     """Segment all scans, write their masks in native space, and rank them.
@@ -155,6 +156,7 @@ def score(
     Parameters
     ----------
     aside : scans that are measured by the same actors, and neither ranked nor learned from
+    keep : folder of rows that are done, which another attempt does not make again; remove it when all are written
     worker : what makes a row of a scan; `Scorer` by default
 
     Returns
@@ -169,7 +171,9 @@ def score(
     parts = [one.table.select(["key", "image", "label"]) for one in (cohort, aside) if one]
     parts = [part.append_column("aside", pa.repeat(bool(place), len(part))) for place, part in enumerate(parts)]
     schema = task.schema.append(pa.field("aside", pa.bool_()))
-    table, probed = over(pa.concat_tables(parts), probes, worker or Scorer, task, compute=compute, schema=schema)
+    table, probed = over(
+        pa.concat_tables(parts), probes, worker or Scorer, task, compute=compute, schema=schema, keep=keep
+    )
     measured = table.filter(table["aside"]).select(task.schema.names) if aside else None
     table = (table.filter(pc.invert(table["aside"])) if aside else table).drop_columns("aside")
     hard = len(table.filter(pc.and_(pc.is_valid(table["mask"]), pc.is_null(table["probability"]))))

@@ -1,4 +1,6 @@
 import os
+import time
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -177,6 +179,39 @@ def test_a_scan_that_kills_its_worker_is_a_row_with_an_error(ray_cluster: None, 
     assert lost == {"key03", "key17"}
     assert all("died twice over this scan" in rows[key]["error"] and rows[key]["score"] is None for key in lost)
     assert all(rows[key]["score"] == float(key[3:]) for key in set(keys) - lost)
+
+
+class Filling:
+    """Says which scans it saw, and finds no room for the later ones until there is some."""
+
+    def __init__(self, *, task: ScoreTask, **_: object) -> None:
+        self.folder = Path(task.out)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        (self.folder / f"{row['key']}-{time.time_ns()}").touch()
+        if row["key"] == "key05":
+            raise DataError("damaged")
+        if row["key"] > "key10" and not (self.folder / "room").exists():
+            raise StorageError("no space left")
+        return {"score": float(row["key"][3:])}
+
+
+def test_what_was_scored_before_a_fault_is_not_scored_again(ray_cluster: None, tmp_path: Path) -> None:
+    keys = [f"key{number:02d}" for number in range(20)]
+    task, compute, keep = ScoreTask(tmp_path, tmp_path / "seen"), ComputeConfig(score_actors=1), tmp_path / "rows"
+    with pytest.raises(StorageError, match="no space left"):
+        score(cohort_of(*keys), task, compute=compute, worker=Filling, keep=keep)
+    assert {path.name[:5] for path in task.out.iterdir()} >= set(keys[:11])
+    (task.out / "room").touch()
+    table, *_ = score(cohort_of(*keys), task, compute=compute, worker=Filling, keep=keep)
+    assert table["key"].to_pylist() == keys
+    assert [row["score"] for row in table.to_pylist() if row["key"] != "key05"] == [*range(5), *range(6, 20)]
+    seen = Counter(path.name[:5] for path in task.out.iterdir())
+    assert {key: seen[key] for key in keys[:11]} == {key: 2 if key == "key05" else 1 for key in keys[:11]}
+    other, *_ = score(cohort_of(*keys[:3]), task, compute=compute, worker=Filling, keep=keep)
+    assert (
+        other["score"].to_pylist() == [0, 1, 2] and Counter(path.name[:5] for path in task.out.iterdir())["key00"] == 2
+    )
 
 
 def test_a_mistake_of_ours_is_not_the_scans(ray_cluster: None, tmp_path: Path) -> None:
