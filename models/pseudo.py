@@ -68,7 +68,7 @@ class PseudoLabeller:
     def _passes(self, prediction: Prediction) -> Iterator[Tensor]:
         """Class probabilities, as many of each network."""
         yield prediction.probability
-        yield from seen_by(self.predict, prediction.image, self.views)
+        yield from seen_by(self.predict, prediction.image, self.views, own=prediction.probability)
         for predict in self.earlier:
-            yield predict(prediction.image)
-            yield from seen_by(predict, prediction.image, self.views)
+            yield (own := predict(prediction.image))
+            yield from seen_by(predict, prediction.image, self.views, own=own)

@@ -1,5 +1,6 @@
 """Learn what an uncertainty-aware teacher is sure of, unlearn what it doubts (arXiv 2602.08797)."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -12,7 +13,6 @@ from onelabel.models import losses
 from onelabel.models.learners.base import Learner, Progress, Samples, ramp
 from onelabel.models.networks.unet import set_dropout
 from onelabel.models.predictor import likeliest
-from onelabel.models.rankers.confidence import certainty
 from onelabel.models.rankers.views import sample_views, seen_by
 
 
@@ -65,11 +65,10 @@ class CurriculumLearner(Learner):
                 logits: Tensor = teacher(image)
             return logits.float().softmax(1)
 
-        mean = predict(image)
-        others = (
-            seen_by(predict, image, self.views) if self.base.of == "views" else (predict(image) for _ in self.views)
-        )
-        for each in others:
+        own = predict(image)
+        seen = seen_by(predict, image, self.views, own=own)
+        mean = own.clone()
+        for each in seen if self.base.of == "views" else (predict(image) for _ in self.views):
             mean += each
         return mean / (1 + len(self.views))
 
@@ -88,11 +87,16 @@ def agreed(taught: Tensor, said: Tensor, /, *, margin: float) -> tuple[Tensor, T
     label : (B, *size) int with IGNORE; confidence : (B, *size) in [0, 1]
     """
     teacher, student = likeliest(taught), likeliest(said)
-    confidence, own = certainty(taught), certainty(said)
+    confidence, own = decided(taught), decided(said)
     overruled = (teacher != student) & (own > confidence + margin)
     kept = (teacher == student) | (confidence > own + margin)
     label = student.where(overruled, teacher.where(kept, IGNORE))
     return label, own.where(overruled, confidence)
+
+
+def decided(probability: Tensor, /) -> Tensor:
+    """1 - H(p) / ln 2, at least 0: (B, C, *size) -> (B, *size). 0 where two classes or more are alike, however many."""
+    return (1 - torch.special.entr(probability).sum(1) / math.log(2)).clamp(min=0)
 
 
 def _cost(logits: Tensor, label: Tensor, weight: Tensor) -> Tensor:

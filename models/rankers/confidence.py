@@ -35,7 +35,7 @@ class ConfidenceRanker(Ranker):
         if self.config.of == "prediction":
             return probability
         if self.config.of == "views":
-            return torch.stack([probability, *seen_by(predict, image, self.views)]).mean(0)
+            return torch.stack([probability, *seen_by(predict, image, self.views, own=probability)]).mean(0)
         total = torch.zeros_like(probability)
         for number in range(len(self.views)):
             torch.manual_seed(derive("dropout", number))  # dropout draws from nothing else

@@ -19,7 +19,7 @@ class ConsistencyRanker(Ranker):
     def score(self, image: Tensor, probability: Tensor, predict: Predict) -> Tensor:
         """Median over the views, the image itself included, of the Dice with what most of them say."""
         classes = probability.shape[1]
-        masks = [likeliest(each) for each in (probability, *seen_by(predict, image, self.views))]
+        masks = [likeliest(each) for each in (probability, *seen_by(predict, image, self.views, own=probability))]
         votes = [torch.stack([mask == label for mask in masks]).sum(0) for label in range(classes)]
         most = likeliest(torch.stack(votes, 1))
         scores = [

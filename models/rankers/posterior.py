@@ -18,7 +18,8 @@ class PosteriorRanker(Ranker):
     @torch.inference_mode()
     def score(self, image: Tensor, probability: Tensor, predict: Predict) -> Tensor:
         """Soft Dice of mask and mean probability, 2 sum(p m) / (sum(p) + sum(m)), mean of the mask's structures."""
-        mean = torch.stack([predict(image), *seen_by(predict, image, self.views)]).mean(0)[:, 1:]
+        own = predict(image)
+        mean = torch.stack([own, *seen_by(predict, image, self.views, own=own)]).mean(0)[:, 1:]
         label = likeliest(probability)[:, None]
         mask = label == torch.arange(1, probability.shape[1], device=label.device).view(-1, *[1] * (label.ndim - 2))
         overlap, total = (part.flatten(2).sum(2, dtype=torch.float64) for part in (mean * mask, mean + mask))

@@ -44,16 +44,19 @@ def look(image: Tensor, view: View, /) -> Tensor:
     return _rotate(_flip(seen, view), view.angle)
 
 
-def back(probability: Tensor, view: View, /) -> Tensor:
-    """Probabilities (B, classes, *size) of a view on the image's own grid; what the view did not show is background."""
+def back(probability: Tensor, view: View, /, *, own: Tensor) -> Tensor:
+    """Probabilities (B, classes, *size) of a view on the image's own grid; `own` where the view did not show it."""
     known = _flip(_rotate(probability, -view.angle), view)
     unseen = (1 - known.sum(1, keepdim=True)).clamp(min=0)
-    return torch.cat([known[:, :1] + unseen, known[:, 1:]], dim=1)
+    return known + unseen * own
 
 
-def seen_by(predict: Predict, image: Tensor, views: Sequence[View], /) -> Iterator[Tensor]:
-    """What a network says of each view of an image: probabilities (B, classes, *size) on the image's own grid."""
-    return (back(predict(look(image, view)), view) for view in views)
+def seen_by(predict: Predict, image: Tensor, views: Sequence[View], /, *, own: Tensor) -> Iterator[Tensor]:
+    """What a network says of each view of an image: probabilities (B, classes, *size) on the image's own grid.
+
+    own : what it says of the image itself, which stands where a view does not show it
+    """
+    return (back(predict(look(image, view)), view, own=own) for view in views)
 
 
 def _flip(volume: Tensor, view: View) -> Tensor:

@@ -11,7 +11,7 @@ from onelabel.configs.load import load
 from onelabel.errors import ConfigError
 from onelabel.imaging.labels import IGNORE
 from onelabel.models.learners import Progress
-from onelabel.models.learners.curriculum import CurriculumLearner, agreed
+from onelabel.models.learners.curriculum import CurriculumLearner, agreed, decided
 from onelabel.models.rankers.confidence import certainty
 
 
@@ -37,8 +37,16 @@ def test_teacher_and_student_agree_by_hand() -> None:
     label, confidence = agreed(taught, said, margin=0.2)
     # Alike; the teacher is surer; the student is surer; neither; alike, and the teacher's doubt stands.
     assert label.tolist() == [[0, 0, 1, IGNORE, 0]]
-    entropy = [-sum(p * math.log(p) for p in each) / math.log(3) for each in (sure, sure, other_sure, fair, doubt)]
-    assert confidence[0].tolist() == pytest.approx([1 - each for each in entropy], abs=1e-5)
+    entropy = [-sum(p * math.log2(p) for p in each) for each in (sure, sure, other_sure, fair, doubt)]
+    assert confidence[0].tolist() == pytest.approx([max(0, 1 - each) for each in entropy], abs=1e-5)
+
+
+def test_a_voxel_between_two_classes_is_in_doubt_however_many_there_are() -> None:
+    taught = voxels((0.5, 0.5, 0, 0, 0), (0.7, 0.3, 0, 0, 0), (0.99, 0.01, 0, 0, 0))
+    two = voxels((0.5, 0.5), (0.7, 0.3), (0.99, 0.01))
+    assert torch.allclose(decided(taught), decided(two), atol=1e-6)
+    assert torch.allclose(decided(two), certainty(two), atol=1e-6)
+    assert decided(taught)[0, 0].item() == pytest.approx(0, abs=1e-6)
 
 
 def test_without_a_margin_all_voxels_but_ties_have_a_label() -> None:

@@ -60,7 +60,8 @@ def test_it_is_the_mean_over_networks_and_views(count: int, seen: ViewsConfig | 
     labeller = PseudoLabeller(PseudoLabelConfig(views=seen), NETWORKS[0], earlier=NETWORKS[1:count])
     passes = [predict(image) for predict in NETWORKS[:count]]
     if seen:
-        passes += [each for predict in NETWORKS[:count] for each in seen_by(predict, image, sample_views(seen))]
+        views = sample_views(seen)
+        passes += [each for one in NETWORKS[:count] for each in seen_by(one, image, views, own=one(image))]
     found = labeller.on_grid(prediction_of(image))
     assert torch.allclose(found, torch.stack(passes).mean(0)[0, 1:], atol=1e-6)
     assert found.shape == (1, *SIZE)

@@ -137,7 +137,7 @@ def test_only_an_autoencoder_ranks() -> None:
 def test_what_a_view_shows_comes_back() -> None:
     mask = mask_of(radius=6)[None, None].float()
     for view in sample_views(ViewsConfig(flip_axes=(0, 1, 2), rotate_deg=40, passes=12)):
-        again = back(same(look(mask, view)), view).argmax(1)
+        again = back(same(look(mask, view)), view, own=same(mask)).argmax(1)
         assert agreement(mask[0, 0].long(), again[0]) > 0.97
 
 
@@ -157,10 +157,12 @@ def test_views_mirror_the_axes_that_they_name() -> None:
     assert torch.allclose(look(image, View(0.1, 0.9, (), 0)), ((image - 0.1) / 0.8).clamp(0, 1))
 
 
-def test_what_a_view_did_not_show_is_background() -> None:
-    all_structure = torch.cat([torch.zeros(1, 1, *SIZE), torch.ones(1, 1, *SIZE)], dim=1)
-    seen = back(all_structure, View(0, 1, (), torch.pi / 4))
+def test_what_a_view_did_not_show_is_as_the_image_itself_has_it() -> None:
+    nothing, structure = torch.zeros(1, 1, *SIZE), torch.ones(1, 1, *SIZE)
+    own, other = torch.cat([structure, nothing], dim=1), torch.cat([nothing, structure], dim=1)
+    seen = back(other, View(0, 1, (), torch.pi / 4), own=own)
     assert torch.allclose(seen.sum(1), torch.ones(1, *SIZE), atol=1e-4)
+    assert all(torch.allclose(back(own, view, own=own), own, atol=1e-4) for view in sample_views(ViewsConfig()))
     assert seen[0, 0, 0, 0].min() > 0.99 and seen[0, 1, 11, 13].min() > 0.99
 
 
