@@ -49,6 +49,8 @@ EARLIEST, LAST = 0.15, 0.95
 ACTORS = {"train worker": "RayTrainWorker", "synthesis actor": "SynthActor", "scoring actor": "MapWorker"}
 FAULTS = (*ACTORS, "node", "driver", "disk", "mlflow")
 
+_TOO_LATE = "ended before"
+
 
 @dataclass
 class Trial:
@@ -87,8 +89,11 @@ def main() -> None:
         fault = options.faults[seed % len(options.faults)]
         moment_s = random.Random(seed).uniform(EARLIEST, LAST) * took_s
         where, seen, same = _hurt(fault, moment_s, folder / f"seed-{seed:02d}", folder)
+        while where == _TOO_LATE:
+            moment_s /= 2
+            where, seen, same = _hurt(fault, moment_s, folder / f"seed-{seed:02d}", folder)
         print(f"| {seed} | {fault} | {where} | {seen} | {'yes' if same else '**no**'} |", flush=True)
-        equal = equal and same
+        equal = equal and same and "**" not in seen  # nor did it hang, or end in a traceback
     sys.exit(not equal)
 
 
@@ -124,7 +129,7 @@ def _hurt_at(process: subprocess.Popen[bytes], trial: Trial, moment_s: float) ->
             if passed >= moment_s and trial.hurt(driver):
                 return f"{passed:.0f} s, {_reached(trial.storage / 'run')}"
         time.sleep(0.05)
-    return "ended before"
+    return _TOO_LATE
 
 
 def _reached(run: Path) -> str:
