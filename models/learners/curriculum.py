@@ -84,7 +84,7 @@ def agreed(taught: Tensor, said: Tensor, /, *, margin: float) -> tuple[Tensor, T
 
     Returns
     -------
-    label : (B, *size) int with IGNORE; confidence : (B, *size) in [0, 1]
+    label : (B, *size) int with IGNORE; confidence : (B, *size), of `decided`
     """
     teacher, student = likeliest(taught), likeliest(said)
     confidence, own = decided(taught), decided(said)
@@ -95,8 +95,8 @@ def agreed(taught: Tensor, said: Tensor, /, *, margin: float) -> tuple[Tensor, T
 
 
 def decided(probability: Tensor, /) -> Tensor:
-    """1 - H(p) / ln 2, at least 0: (B, C, *size) -> (B, *size). 0 where two classes or more are alike, however many."""
-    return (1 - torch.special.entr(probability).sum(1) / math.log(2)).clamp(min=0)
+    """1 - H(p) / ln 2: (B, C, *size) -> (B, *size), at most 1; 0 between any two classes, below that among more."""
+    return 1 - torch.special.entr(probability).sum(1) / math.log(2)
 
 
 def _cost(logits: Tensor, label: Tensor, weight: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ def test_teacher_and_student_agree_by_hand() -> None:
     # Alike; the teacher is surer; the student is surer; neither; alike, and the teacher's doubt stands.
     assert label.tolist() == [[0, 0, 1, IGNORE, 0]]
     entropy = [-sum(p * math.log2(p) for p in each) for each in (sure, sure, other_sure, fair, doubt)]
-    assert confidence[0].tolist() == pytest.approx([max(0, 1 - each) for each in entropy], abs=1e-5)
+    assert confidence[0].tolist() == pytest.approx([1 - each for each in entropy], abs=1e-5)
 
 
 def test_a_voxel_between_two_classes_is_in_doubt_however_many_there_are() -> None:
