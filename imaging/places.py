@@ -35,7 +35,7 @@ def localised(place: str, /) -> str:
     DataError : a URI with a password, which would be recorded with every result.
     """
     _refuse_password(place)
-    return str(fs.FileSystem.from_uri(place)[1]) if place.startswith("file://") else place
+    return filesystem(place)[1] if place.startswith("file://") else place
 
 
 def filesystem(uri: str, /) -> tuple[fs.FileSystem, str]:
@@ -144,6 +144,14 @@ class Folder:
             self._publish(unfinished, name)
         finally:
             shutil.rmtree(unfinished.parent, ignore_errors=True)
+
+    def remove(self, names: Sequence[str], /) -> None:
+        """Remove those files and folders that are there."""
+        for info in self.store.get_file_info(list(names)):
+            if info.type == fs.FileType.Directory:
+                self.store.delete_dir(info.path)
+            elif info.type == fs.FileType.File:
+                self.store.delete_file(info.path)
 
     def _publish(self, file: Path, name: str) -> None:
         if not is_uri(self.place):

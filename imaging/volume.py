@@ -11,16 +11,19 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
+from xml.parsers.expat import ExpatError
 
 import nibabel as nib
 import numpy as np
 from nibabel.brikhead import AFNIImageError
+from nibabel.cifti2.cifti2 import Cifti2HeaderError
 from nibabel.filebasedimages import ImageFileError
 from nibabel.freesurfer.mghformat import MGHError
 from nibabel.minc1 import MincError
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 from nibabel.parrec import PARRECError
-from nibabel.spatialimages import HeaderDataError, ImageDataError, SpatialImage
+from nibabel.spatialimages import HeaderDataError, HeaderTypeError, ImageDataError, SpatialImage
+from nibabel.wrapstruct import WrapStructError
 from numpy.typing import NDArray
 
 from onelabel.errors import DataError
@@ -38,7 +41,11 @@ SAMPLED_VOXELS = 2**18  # enough for percentiles
 UNREADABLE = (
     ImageFileError,
     HeaderDataError,
+    HeaderTypeError,
+    WrapStructError,
     ImageDataError,
+    Cifti2HeaderError,
+    ExpatError,
     MGHError,
     MincError,
     PARRECError,

@@ -100,6 +100,7 @@ def open_cohort(
     where: Mapping[str, str | Sequence[str]] | None = None,
     label_column: str | None = None,
     require_labels: bool = False,
+    labels: bool = True,
 ) -> Cohort:
     """Find the scans that a source names.
 
@@ -118,6 +119,8 @@ def open_cohort(
         The column with the label files, where it is not called label, mask, seg or segmentation.
     require_labels : bool
         Every scan must have a label, and both files must exist.
+    labels : bool
+        Whether labels are looked at: without, a scan may have several.
 
     Raises
     ------
@@ -137,6 +140,8 @@ def open_cohort(
     else:
         check_column(label_column, columns, path)
     for place, row in enumerate(rows):  # one by one: there may be a million
+        if labels:
+            sources.one_label(row)
         rows[place] = _normalised(row, image_column, label_column, folder)
     _fill_keys(rows)
     if require_labels:
@@ -154,7 +159,10 @@ def _find(source: str, *, any_type: bool) -> tuple[AnyPath, AnyPath, list[Row]]:
     if isinstance(place, StorePath):
         return place, place.parent, remote.rows(source, any_type=any_type)
     path = place.expanduser().absolute()
-    rows = sources.find(path, source, any_type=any_type)
+    try:
+        rows = sources.find(path, source, any_type=any_type)
+    except OSError as error:
+        raise DataError(f"'{source}' cannot be looked at ({error.strerror}): give what can be read.") from error
     return path, path if path.is_dir() else path.parent, rows
 
 

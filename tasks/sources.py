@@ -23,6 +23,7 @@ LABEL_FOLDERS = ("mask", "masks", "label", "labels", "labelsTr")
 TWINS = (*IMAGE_FOLDERS, *LABEL_FOLDERS)
 IMAGE_COLUMNS = ("image", "path", "file")
 LABEL_COLUMNS = ("label", "mask", "seg", "segmentation")
+RIVALS = "all labels found"  # where there are several
 BIDS_LABEL_SUFFIXES = ("mask", "dseg", "probseg", "defacemask")
 
 Row = dict[str, Any]  # a manifest's row: whatever columns it has
@@ -188,12 +189,20 @@ def _beside(paths: Sequence[Path]) -> set[Path]:
 
 
 def as_rows(pairs: Pairs) -> list[Row]:
-    """Rows with at most one label each."""
-    for image, labels in pairs.items():
-        if len(labels) > 1:
-            names = " and ".join(str(path) for path in labels)
-            raise DataError(f"{image} has more than one label, {names}: choose by a manifest, or move one away.")
-    return [{"image": str(image), "label": str(labels[0]) if labels else None} for image, labels in pairs.items()]
+    """Rows with their label; where there are several, `one_label` refuses them."""
+    return [
+        {"image": str(image), "label": str(labels[0]) if labels else None}
+        | ({RIVALS: " and ".join(map(str, labels))} if len(labels) > 1 else {})
+        for image, labels in pairs.items()
+    ]
+
+
+def one_label(row: Row, /) -> None:
+    """Refuse a row with more than one label."""
+    if row.get(RIVALS):
+        raise DataError(
+            f"{row['image']} has more than one label, {row[RIVALS]}: choose by a manifest, or move one away."
+        )
 
 
 def _images(paths: Iterable[str | Path]) -> list[Path]:

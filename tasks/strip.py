@@ -70,6 +70,8 @@ def strip(
     check_apart(inputs, jobs, folder)
     if isinstance(checkpoint, Path):
         checkpoint = checkpoint.expanduser().resolve()
+    if checkpoint:
+        checkpoint = checkpoints.find(checkpoint)  # now: a run that goes on has another one later
     known = checkpoint or checkpoints.DEFAULT
     quality.load(known, Predictor(known))
     record = Record(folder, _made(known, settings, image=image, distance=distance), overwrite=overwrite)

@@ -77,7 +77,7 @@ def plan(
     jobs = [_job(scan) for scan in found.values()]
     repeated = _repeated(job.mask for job in jobs)
     if repeated:
-        clashing = [os.path.dirname(job.image) for job in jobs if job.mask in repeated and not job.bids]
+        clashing = [os.path.dirname(_path(job)) for job in jobs if job.mask in repeated and not job.bids]
         common = os.path.commonpath(clashing) if clashing else ""
         jobs = [_in_folders(job, common) if job.mask in repeated and not job.bids else job for job in jobs]
     still = _repeated(job.mask for job in jobs)
@@ -107,7 +107,7 @@ def check_apart(inputs: Sequence[str], jobs: Sequence[Job], out: Folder, /) -> N
         if _is_folder(place):
             inside = _real(out.place).rstrip("/") + "/"
             root = place.rstrip("/") + "/"
-            bad = inside.startswith(root) and not (_is_bids(place) and inside.startswith(f"{root}derivatives/"))
+            bad = inside.startswith(root) and not (inside.startswith(f"{root}derivatives/") and _is_bids(source))
         else:
             bad = any(map(pattern.match, written))
         if bad:
@@ -124,11 +124,9 @@ def stem(path: PurePath, /) -> str:
 
 def _on_disk(source: str, where: Where | None) -> list[_Found]:
     root = Path(os.path.abspath(Path(source).expanduser()))
+    rows = open_cohort(source, where=where, labels=False).rows()
     bids = _is_bids(str(root))
-    return [
-        _Found(row["key"], row["image"], _inside(row["image"], root), bids)
-        for row in open_cohort(source, where=where).rows()
-    ]
+    return [_Found(row["key"], row["image"], _inside(row["image"], root), bids) for row in rows]
 
 
 def _at_uri(source: str, where: Where | None) -> list[_Found]:
@@ -143,7 +141,7 @@ def _inside(image: str, root: Path) -> str | None:
 
 
 def _real(place: str) -> str:
-    return place if places.is_uri(place) else os.path.realpath(Path(place).expanduser())
+    return place.partition("?")[0] if places.is_uri(place) else os.path.realpath(Path(place).expanduser())
 
 
 def _is_folder(place: str) -> bool:
@@ -190,8 +188,13 @@ def _key(mask: str) -> str:
 
 
 def _in_folders(job: Job, common: str) -> Job:
-    folders = Path(job.image).parent.relative_to(Path(common))
-    return _named(job, _plain_names(folders / stem(Path(job.image.partition("?")[0]))))
+    folders = Path(_path(job)).parent.relative_to(common)
+    return _named(job, _plain_names(folders / stem(Path(_path(job)))))
+
+
+def _path(job: Job) -> str:
+    """The scan's absolute path, or what looks like one for a URI."""
+    return "/" + job.image.partition("?")[0].replace("://", "/") if places.is_uri(job.image) else job.image
 
 
 def _repeated(items: Any) -> set[Any]:

@@ -28,6 +28,7 @@ EVERY_S = 1.0  # between two writes of an unfinished part
 NAMED_REASONS = 3
 _PARTS = f"{HIDDEN}/part"
 _MADE = b"onelabel.strip"
+_PROBE = f"{HIDDEN}/writable"
 _NUMBERS = re.compile(r"[(\[]*\d[\d., \])]*")  # one or several
 _LIGHT = ["image", "mask", "brain", "distance", "volume_ml", "error"]
 
@@ -69,11 +70,13 @@ class Record:
 
     def __init__(self, out: Folder, made: Mapping[str, Any], *, overwrite: bool = False) -> None:
         self.out, self.made = out, dict(made)
+        # Of what was killed before it wrote a part there are masks that no row names.
+        self._trusting = overwrite or places.times([out.path(_PROBE)])[0] is not None
         self._lock = _begin(out)
         with ExitStack() as undo:
             undo.callback(self.close)
             if overwrite:
-                _delete(out, [TABLE, *_parts(out)])
+                out.remove([TABLE, *_parts(out)])
             self._done = self._read_done()
             undo.pop_all()
         self._number = max((int(name[-8:]) for name in _parts(out)), default=-1) + 1
@@ -85,8 +88,9 @@ class Record:
 
         Raises
         ------
-        DataError : a result would overwrite that of another scan.
+        DataError : a result would overwrite that of another scan, or a file that is no result.
         """
+        self._spare_others([job for job in jobs if job.image not in self._done])
         owners = {row["mask"]: image for image, row in self._done.items() if row["error"] is None}
         for job in jobs:
             owner = owners.get(self.out.path(job.mask), job.image)
@@ -103,6 +107,16 @@ class Record:
             oldest[place] = min(oldest.get(place, float("inf")), -1 if written is None else written)
         done = {job.image for place, job in enumerate(listed) if oldest[place] >= (scanned[place] or 0)}
         return [job for job in jobs if job.image not in done]
+
+    def _spare_others(self, new: Sequence[Job]) -> None:
+        """Refuse to write over what lies there and is of somebody else."""
+        names = [] if self._trusting else [self.out.path(name) for job in new for name in job.results]
+        found = [name for name, written in zip(names, places.times(names), strict=True) if written is not None]
+        if found:
+            raise DataError(
+                f"'{found[0]}' is there already, and no result of onelabel strip in this folder: give another output"
+                " folder, or --overwrite"
+            )
 
     def add(self, row: Row, /) -> None:
         """Take in a row; it is on the disk a second later at most, or with the next one."""
@@ -141,7 +155,7 @@ class Record:
                     for row in rows.drop_columns("picture").to_pylist():
                         if row["image"] in wanted:
                             _count(outcome, reasons, row)
-            _delete(self.out, _parts(self.out))
+            self.out.remove(_parts(self.out))
         outcome.reasons = reasons.most_common()
         return outcome
 
@@ -149,7 +163,7 @@ class Record:
         """Leave nothing behind but results, and parts that were not joined."""
         shutil.rmtree(self.out.scratch, ignore_errors=True)
         if not _parts(self.out):
-            _delete(self.out, [HIDDEN])
+            self.out.remove([HIDDEN])
         if self._lock:
             self._lock.close()
 
@@ -285,7 +299,7 @@ def _begin(out: Folder) -> TextIO | None:
         if not places.is_uri(out.place):
             lock = _locked(Path(out.place) / HIDDEN)
         shutil.rmtree(out.scratch, ignore_errors=True)
-        with out.writing(f"{HIDDEN}/writable") as file:
+        with out.writing(_PROBE) as file:
             file.touch()
     except (OSError, pa.ArrowException) as error:
         if lock:
@@ -312,11 +326,3 @@ def _locked(folder: Path) -> TextIO:
 def _parts(out: Folder) -> list[str]:
     listed = out.store.get_file_info(fs.FileSelector(HIDDEN, allow_not_found=True))
     return sorted(info.path for info in listed if info.path.startswith(_PARTS))
-
-
-def _delete(out: Folder, names: Sequence[str]) -> None:
-    for info in out.store.get_file_info(list(names)):
-        if info.type == fs.FileType.Directory:
-            out.store.delete_dir(info.path)
-        elif info.type == fs.FileType.File:
-            out.store.delete_file(info.path)

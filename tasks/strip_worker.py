@@ -8,7 +8,7 @@ import struct
 import time
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -183,6 +183,9 @@ class Stripper:
                 if last or not can_pass(error):
                     break
                 time.sleep(WAIT_S)
+        if self.out:
+            with suppress(OSError):  # what an earlier command made is not of this scan, or not of this network
+                self.out.remove(job.results)
         return row
 
     def _strip(self, job: Job) -> Row:

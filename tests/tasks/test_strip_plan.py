@@ -144,6 +144,35 @@ def test_results_must_not_be_found_as_scans(tmp_path: Path, source: str, out: st
             check_apart(inputs, jobs, folder)
 
 
+def test_labels_may_be_as_many_as_there_are(tmp_path: Path) -> None:
+    touched(tmp_path, "plain/a.nii.gz", "plain/a_mask.nii.gz", "plain/a_seg.nii.gz")
+    assert [job.key for job in plan([str(tmp_path / "plain")])] == ["a"]
+    names = [f"derivatives/{tool}/sub-1/anat/sub-1_desc-brain_mask" for tool in ("fmriprep", "onelabel")]
+    root = bids(tmp_path / "raw", "sub-1/anat/sub-1_T1w", *names)
+    assert targets(root) == ["sub-1/anat/sub-1_desc-brain_mask.nii.gz"]
+
+
+def test_disks_and_stores_may_be_mixed(tmp_path: Path) -> None:
+    touched(tmp_path, "a/head.nii.gz")
+    manifest = tmp_path / "scans.csv"
+    manifest.write_text("image\ns3://bucket/b/head.nii.gz\n")
+    found = [job.mask for job in plan([str(tmp_path / "a" / "head.nii.gz"), str(manifest)])]
+    assert len(set(found)) == 2 and all(name.endswith("head_mask.nii.gz") for name in found)
+
+
+@pytest.mark.parametrize("place", ["file:///no such/scan.nii.gz", "file://elsewhere/x.nii.gz", "x" * 300])
+def test_what_is_no_place_is_one_sentence(place: str) -> None:
+    with pytest.raises(DataError) as caught:
+        plan([place])
+    assert "\n" not in str(caught.value)
+
+
+def test_in_a_store_too_results_must_not_be_found_as_scans() -> None:
+    query = "?endpoint_override=localhost:9000&scheme=http&region=us-east-1"
+    with pytest.raises(DataError, match="lies inside the input"):
+        check_apart([f"s3://b/in/{query}"], [], Folder(f"s3://b/in/out{query}"))
+
+
 def test_no_result_overwrites_an_input(tmp_path: Path) -> None:
     touched(tmp_path, "a.nii.gz", "a_mask.nii.gz")
     manifest = tmp_path / "scans.csv"

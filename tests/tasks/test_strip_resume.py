@@ -58,6 +58,28 @@ def test_a_folder_lists_all_that_was_stripped_into_it(trained: Path, tmp_path: P
     assert [row["key"] for row in table(out)] == ["1", "2"]  # what failed, and was not asked for again, is forgotten
 
 
+def test_a_mask_drawn_by_hand_is_not_overwritten(trained: Path, tmp_path: Path, scans: Path) -> None:
+    drawn = scans / "1_mask.nii.gz"
+    drawn.write_bytes(b"a week's work")
+    scan = [str(scans / "1.nii.gz")]
+    for _ in range(2):
+        with pytest.raises(DataError, match="1_mask.nii.gz' is there already, and no result of onelabel strip"):
+            strip(scan, out=scans, checkpoint=trained)
+    strip([str(scans / "0.nii.gz")], out=scans, checkpoint=trained)
+    with pytest.raises(DataError, match="1_mask.nii.gz' is there already"):
+        strip(scan, out=scans, checkpoint=trained)
+    assert drawn.read_bytes() == b"a week's work"
+    assert strip(scan, out=scans, checkpoint=trained, overwrite=True).stripped == 1
+
+
+def test_no_mask_of_before_is_left_of_a_scan_that_fails(trained: Path, tmp_path: Path, scans: Path) -> None:
+    out = tmp_path / "out"
+    strip([str(scans)], out=out, checkpoint=trained, distance=True)
+    (scans / "2.nii.gz").write_bytes(b"broken")
+    assert strip([str(scans)], out=out, checkpoint=trained, distance=True).failed == 1
+    assert not list(out.glob("2_*")) and len(list(out.glob("1_*"))) == 2
+
+
 def test_masks_made_in_another_way_are_not_mixed(trained: Path, tmp_path: Path, scans: Path) -> None:
     out = tmp_path / "out"
     strip([str(scans)], out=out, checkpoint=trained)
