@@ -53,7 +53,7 @@ def test_without_a_margin_all_voxels_but_ties_have_a_label() -> None:
     taught, said = torch.randn(2, 2, 4, 500).softmax(2)
     label, _ = agreed(taught, said, margin=0.0)
     assert (label != IGNORE).all()
-    assert (agreed(taught, said, margin=1.0)[0] == torch.where(taught.argmax(1) == said.argmax(1), label, IGNORE)).all()
+    assert (agreed(taught, said, margin=2.0)[0] == torch.where(taught.argmax(1) == said.argmax(1), label, IGNORE)).all()
 
 
 def test_thresholds_part_what_is_learned_from_what_is_unlearned() -> None:
