@@ -18,6 +18,7 @@ from onelabel import __version__
 from onelabel.configs.schema import NetworkConfig, UNetConfig
 from onelabel.errors import CheckpointError
 from onelabel.imaging import storage
+from onelabel.imaging.classes import Classes
 from onelabel.imaging.storage import AnyPath
 from onelabel.models import networks
 
@@ -90,6 +91,7 @@ def load_segmenter(path: AnyPath, /) -> tuple[nn.Module, Meta]:
     if meta.network["type"] != UNetConfig().type:
         raise CheckpointError(f"checkpoint '{path}' holds a {meta.network['type']}, not a segmentation network")
     _check_grid(path, meta)
+    _check_classes(path, meta)
     return network, meta
 
 
@@ -106,6 +108,19 @@ def _check_grid(path: AnyPath, meta: Meta) -> None:
         sound = False
     if not sound:
         raise CheckpointError(f"checkpoint '{path}' has a grid {meta.grid} that its network cannot use; train it again")
+
+
+def _check_classes(path: AnyPath, meta: Meta) -> None:
+    """There must be a name for each class that the network tells apart."""
+    try:
+        sound = len(Classes(meta.classes, **meta.labels).names) == UNetConfig.model_validate(meta.network).classes
+    except (ValueError, TypeError):
+        sound = False
+    if not sound:
+        raise CheckpointError(
+            f"checkpoint '{path}' names the classes {meta.classes}, which its network lacks or this version does"
+            " not know; train it again"
+        )
 
 
 def digest(path: AnyPath, /) -> str:

@@ -65,9 +65,10 @@ class Quality:
             read: dict[str, Any] = json.loads((folder / _RANKER).read_text())
             self.expectation = Expectation.load(folder / _EXPECTATION)
             config: RankerConfig = TypeAdapter(RankerConfig).validate_python(read["ranker"])
+            self.bad = float(read["bad"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"'{folder}' cannot be read ({error}); remove it, or train again") from None
-        self.predictor, self.bad = predictor, float(read["bad"])
+        self.predictor = predictor
         paths = [folder / str(place) for place in range(len(single_rankers(config)))]
         fitted = [path if path.is_dir() else None for path in paths]
         self.rankers = rankers.load(config, fitted, device=predictor.device, bf16=predictor.bf16)

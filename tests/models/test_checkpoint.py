@@ -164,6 +164,15 @@ def test_facts_of_another_network(saved: Saved, change: dict[str, Any]) -> None:
     refusal(folder)
 
 
+@pytest.mark.parametrize("change", [{"labels": {"newfield": 1}}, {"classes": ["background", "a", "b"]}], ids=str)
+def test_classes_that_the_network_does_not_have(saved: Saved, change: dict[str, Any]) -> None:
+    folder, _, _ = saved()
+    facts = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps(facts | change))
+    with pytest.raises(CheckpointError, match="names the classes"):
+        checkpoint.load_segmenter(folder)
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", "{}", "\xff"])
 def test_facts_that_are_none(saved: Saved, text: str) -> None:
     folder, _, _ = saved()

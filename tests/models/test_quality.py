@@ -107,9 +107,12 @@ def test_it_replaces_an_earlier_one_and_leaves_nothing_else(run: Path) -> None:
     assert '"dilate": 4' in (folder / "quality" / "ranker.json").read_text()
 
 
-@pytest.mark.parametrize("name", ["ranker.json", "expectation.json"])
-def test_a_damaged_one_is_an_error(run: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("ranker.json", "{"), ("expectation.json", "{"), ("ranker.json", '{"ranker": {"type": "confidence"}}')],
+)
+def test_a_damaged_one_is_an_error(run: Path, name: str, text: str) -> None:
     predictor = saved(run, ConfidenceRankerConfig(), (None,))
-    (run / "round-00" / "checkpoint" / "quality" / name).write_text("{")
+    (run / "round-00" / "checkpoint" / "quality" / name).write_text(text)
     with pytest.raises(CheckpointError, match="cannot be read"):
         quality.load(run, predictor)
