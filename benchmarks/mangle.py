@@ -143,6 +143,7 @@ def _shape(head: Head, shape: Sequence[int], **fields: Any) -> bytes:
 
 
 def _flipped_bits(content: bytes, place: int) -> bytes:
+    place %= len(content)
     return content[:place] + bytes(byte ^ 0x5A for byte in content[place : place + 8]) + content[place + 8 :]
 
 
@@ -152,6 +153,10 @@ def _halves(content: bytes) -> list[bytes]:
 
 def _packed(head: Head) -> bytes:
     return gzip.compress(nifti(head), 1)
+
+
+def _packed_series(head: Head) -> bytes:
+    return gzip.compress(nifti(head, np.stack([head.data] * 3, -1)), 1)
 
 
 def _turned(head: Head) -> NDArray[np.float64]:
@@ -309,6 +314,7 @@ DAMAGED: Content = {
     "cut_by_a_byte.nii.gz": lambda head: _packed(head)[:-9],
     "cut_inside": lambda head: nifti(head, end=-head.data.size),
     "bits_flipped.nii.gz": lambda head: _flipped_bits(_packed(head), len(_packed(head)) // 2),
+    "checksum_of_series_flipped.nii.gz": lambda head: _flipped_bits(_packed_series(head), -8),
     "bits_flipped_in_header.nii": lambda head: _flipped_bits(nifti(head), 40),
     "one_slice_too_many": lambda head: _shape(head, [*head.data.shape[:2], head.data.shape[2] + 1]),
     "huge_claim": lambda head: _shape(head, [32767] * 3),
@@ -360,6 +366,7 @@ FORMATS: dict[str, Callable[[Path, Head], Path]] = {
     "mgz": _whole("freesurfer.mgz", nib.MGHImage),
     "mgh": _whole("freesurfer_plain.mgh", nib.MGHImage),
     "bzip2": _whole("packed_otherwise.nii.bz2", nib.Nifti1Image),
+    "upper_case": _good("UPPER.NII.GZ"),
     "long_name": _good("y" * 240 + ".nii.gz"),
     "other_alphabets": _good("Gehirn_äöü_脑_дом_🧠.nii.gz"),
     "spaces_and_quotes": _good("a head, 'quoted' \"twice\" & $(more) #1 %20;.nii.gz"),

@@ -3,6 +3,9 @@
 import gzip
 import io
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +47,13 @@ def read(image: SpatialImage, part: Any = (), /, *, dtype: type[np.floating[Any]
         )
     if part != ():
         return np.asarray(image.dataobj[part], dtype)
-    proxy, name = image.dataobj, image.file_map.get("image")
-    if type(proxy) is not ArrayProxy or name is None or name.filename is None:
+    proxy, path = image.dataobj, _path(image)
+    if type(proxy) is not ArrayProxy or path is None:
         return np.asarray(proxy, dtype)
-    path = Path(name.filename)
-    ending = path.suffix.lower()
-    packed = ending in PACKED
+    packed = is_packed(image)
     need = proxy.offset + math.prod(proxy.shape) * proxy.dtype.itemsize
     size = path.stat().st_size
-    if ending not in PACKED_TIGHTER and need > size * (MOST_PACKED if packed else 1):
+    if path.suffix.lower() not in PACKED_TIGHTER and need > size * (MOST_PACKED if packed else 1):
         raise EOFError(f"its header speaks of {need:,} bytes, more than can be in a file of {size:,} bytes")
     if packed:
         proxy = ArrayProxy(
@@ -61,10 +62,38 @@ def read(image: SpatialImage, part: Any = (), /, *, dtype: type[np.floating[Any]
     return np.asarray(proxy, dtype)
 
 
+@contextmanager
+def forwards(image: SpatialImage, /) -> Iterator[SpatialImage]:
+    """A packed image opened such that its volumes, read one after the other, are unpacked once and to the end."""
+    path = _path(image)
+    assert path
+    with gzip.open(path) as stream:
+        holders = {name: copy(holder) for name, holder in image.file_map.items()}
+        holders["image"].fileobj = stream
+        yield type(image).from_file_map(holders)
+        _drain(stream)
+
+
+def is_packed(image: SpatialImage, /) -> bool:
+    """Whether the voxels come from a stream with a checksum at its end."""
+    path = _path(image)
+    return type(image.dataobj) is ArrayProxy and path is not None and path.suffix.lower() in PACKED
+
+
+def _path(image: SpatialImage) -> Path | None:
+    holder = image.file_map.get("image")
+    return Path(holder.filename) if holder and holder.filename else None
+
+
 def _unpacked(path: Path, need: int) -> bytes:
-    """The first bytes of a file, all of which is read, for its checksum stands at the end."""
+    """The first bytes of a file."""
     with gzip.open(path) as stream:
         content = stream.read(need)
-        while stream.read(CHUNK):
-            pass
+        _drain(stream)
     return content
+
+
+def _drain(stream: gzip.GzipFile) -> None:
+    """Read all of a file, for its checksum stands at the end."""
+    while stream.read(CHUNK):
+        pass

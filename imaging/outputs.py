@@ -77,9 +77,9 @@ def save_inside(mask: NDArray[Any], path: str | Path, /, *, like: str | Path) ->
     source = open_image(Path(like))
     known = isinstance(source.header, nib.Nifti1Header | nib.freesurfer.mghformat.MGHHeader)
     proxy: Any = source.dataobj
-    raw = np.require(proxy.get_unscaled() if known else np.asarray(proxy, np.float32), None, "W")
+    raw = np.require(proxy.get_unscaled() if known else _values(source), None, "W")
     inside = mask.reshape(mask.shape + (1,) * (raw.ndim - mask.ndim)) > 0
-    np.copyto(raw, _stored_zero(source, raw.dtype), where=~inside)
+    np.copyto(raw, _stored_zero(source, raw.dtype) if known else 0, where=~inside)
     if isinstance(source.header, nib.Nifti1Header):
         block = _block_of(source)
     else:
@@ -87,6 +87,12 @@ def save_inside(mask: NDArray[Any], path: str | Path, /, *, like: str | Path) ->
         header.set_data_dtype(raw.dtype)
         block, raw = _block(header), raw.astype(raw.dtype.newbyteorder(header.endianness), copy=False)
     _write(_named(Path(path)), block, raw)
+
+
+def _values(source: SpatialImage) -> NDArray[Any]:
+    """Voxels of an image of another format: as they are stored, or if they are scaled float32."""
+    values = np.asarray(source.dataobj)
+    return values if values.dtype == source.get_data_dtype() else values.astype(np.float32)
 
 
 def _stored_zero(source: SpatialImage, dtype: np.dtype[Any]) -> Any:

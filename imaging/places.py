@@ -1,5 +1,6 @@
 """Files by path or by URI: fetched where they lie elsewhere, and written so that none is ever seen half done."""
 
+import errno
 import hashlib
 import os
 import re
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
+from urllib.parse import quote, unquote
 
 import pyarrow as pa
 from pyarrow import fs
@@ -19,7 +21,8 @@ from onelabel.configs.passwords import has_password, without_password
 from onelabel.errors import DataError
 
 HIDDEN = ".strip"  # of a folder of results: what is only needed while work goes on
-_PARTNERS = {".hdr": ".img", ".img": ".hdr"}
+_PARTNERS = {".hdr": (".img", ".img.gz"), ".img": (".hdr",), ".HEAD": (".BRIK", ".BRIK.gz"), ".PAR": (".REC",)}
+_PLAIN = "/!$&'()*+,;=:@"  # in the path of a URI, beside letters, digits and -._~
 
 
 def is_uri(place: str, /) -> bool:
@@ -47,16 +50,21 @@ def filesystem(uri: str, /) -> tuple[fs.FileSystem, str]:
     """
     _refuse_password(uri)
     try:
-        return fs.FileSystem.from_uri(uri)
+        return fs.FileSystem.from_uri(quote(uri, safe=f"{_PLAIN}%?"))
     except (pa.ArrowException, OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise DataError(f"'{uri}' cannot be opened ({reason}): give a path, or a URI such as s3://bucket/x") from None
 
 
 def at(uri: str, path: str, /) -> str:
-    """The URI of another path in the store of a URI."""
+    """The URI of another path in the store of a URI; what has a meaning in URIs is escaped."""
     query = uri.partition("?")[2]
-    return f"{uri.partition('://')[0]}://{path}" + (f"?{query}" if query else "")
+    return f"{uri.partition('://')[0]}://{quote(path, safe=_PLAIN)}" + (f"?{query}" if query else "")
+
+
+def path_in(uri: str, /) -> str:
+    """The path that `filesystem` gives for a URI, with the store left alone."""
+    return unquote(uri.partition("?")[0].partition("://")[2])
 
 
 def _refuse_password(place: str) -> None:
@@ -93,7 +101,7 @@ def fetched(place: str, /, *, scratch: Path | None = None) -> Iterator[Path]:
     folder.mkdir(parents=True)
     try:
         with _network():
-            for each in _with_partner(store, PurePosixPath(path)):
+            for each in _with_partners(store, PurePosixPath(path)):
                 fs.copy_files(str(each), str(folder / each.name), store, fs.LocalFileSystem())
         local = folder / PurePosixPath(path).name
         yield local
@@ -177,12 +185,10 @@ def _network() -> Iterator[None]:
         raise ConnectionError(" ".join(str(error).split())) from error
 
 
-def _with_partner(store: fs.FileSystem, path: PurePosixPath) -> list[PurePosixPath]:
-    partner = _PARTNERS.get(path.suffix)
-    if not partner:
-        return [path]
-    other = path.with_suffix(partner)
-    return [path, other] if store.get_file_info(str(other)).type == fs.FileType.File else [path]
+def _with_partners(store: fs.FileSystem, path: PurePosixPath) -> list[PurePosixPath]:
+    others = [path.with_suffix(ending) for ending in _PARTNERS.get(path.suffix, ())]
+    found = store.get_file_info([str(other) for other in others])
+    return [path, *(other for other, info in zip(others, found, strict=True) if info.type == fs.FileType.File)]
 
 
 def _look(names: Sequence[str]) -> list[fs.FileInfo]:
@@ -195,5 +201,15 @@ def _look(names: Sequence[str]) -> list[fs.FileInfo]:
         store = filesystem(names[places[0]])[0] if group else fs.LocalFileSystem()
         paths = [filesystem(names[place])[1] if group else names[place] for place in places]
         with _network():
-            found |= dict(zip(places, store.get_file_info(paths), strict=True))
+            found |= dict(zip(places, store.get_file_info(paths) if group else map(_on_disk, paths), strict=True))
     return [found[place] for place in range(len(names))]
+
+
+def _on_disk(path: str) -> fs.FileInfo:
+    """Of a file; of a name that no file can have, that there is none."""
+    try:
+        return fs.LocalFileSystem().get_file_info(path)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        return fs.FileInfo(path, fs.FileType.NotFound)

@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 from nibabel.spatialimages import SpatialImage
 
-from onelabel.imaging.volume import Volume, checked, open_image, voxels
+from onelabel.imaging import files
+from onelabel.imaging.volume import Volume, checked, damage_named, open_image, voxels
 
 
 def read(path: Path, /, *, each: bool = False) -> Iterator[Volume]:
@@ -23,7 +23,11 @@ def read(path: Path, /, *, each: bool = False) -> Iterator[Volume]:
     DataError : see `volume.load`.
     """
     image = open_image(path)
-    return volumes(_kept_open(image, path) if _is_series(image) else image, path, each=each)
+    if _is_series(image) and files.is_packed(image):
+        with damage_named(path), files.forwards(image) as opened:
+            yield from volumes(opened, path, each=each)
+    else:
+        yield from volumes(image, path, each=each)
 
 
 def volumes(image: SpatialImage, name: Path, /, *, each: bool = False) -> Iterator[Volume]:
@@ -45,10 +49,3 @@ def volumes(image: SpatialImage, name: Path, /, *, each: bool = False) -> Iterat
 def _is_series(image: SpatialImage) -> bool:
     """Whether there is a fourth axis that is longer than one, and none behind it."""
     return len(image.shape) > 3 and image.shape[3] > 1 and set(image.shape[4:]) <= {1}
-
-
-def _kept_open(image: SpatialImage, path: Path) -> SpatialImage:
-    """The same image with its file kept open: a compressed file is then read once, not once for each volume."""
-    if isinstance(image, nib.Nifti1Pair):
-        return type(image).from_filename(path, mmap=False, keep_file_open=True)
-    return image

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
+from urllib.parse import unquote
 
 from pyarrow import fs
 
@@ -37,8 +38,7 @@ class StorePath:
     inside: str
 
     def __str__(self) -> str:
-        base, mark, query = self.root.partition("?")
-        return f"{base}/{self.inside}{mark}{query}" if self.inside else self.root
+        return places.at(self.root, f"{places.path_in(self.root)}/{self.inside}") if self.inside else self.root
 
     def __truediv__(self, name: str) -> "StorePath":
         return StorePath(self.root, posixpath.normpath(posixpath.join(self.inside, name)))
@@ -194,7 +194,7 @@ def path_of(place: str | AnyPath, /) -> AnyPath:
     base, mark, query = place.partition("?")
     scheme, _, rest = base.partition("://")
     bucket, _, inside = rest.partition("/")
-    return StorePath(f"{scheme}://{bucket}{mark}{query}", posixpath.normpath(f"/{inside}").strip("/"))
+    return StorePath(f"{scheme}://{bucket}{mark}{query}", posixpath.normpath(f"/{unquote(inside)}").strip("/"))
 
 
 def answering(path: AnyPath, /) -> AbstractContextManager[None]:

@@ -6,7 +6,8 @@ Affines map voxel indices to millimetres in RAS (x to the right, y to the front,
 import logging
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -84,6 +85,11 @@ class Volume:
         return x, y, z
 
     @property
+    def voxel_mm3(self) -> float:
+        """Volume of a voxel, of a sheared one too."""
+        return float(abs(np.linalg.det(self.affine[:3, :3])))
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Voxels along each axis."""
         return self.data.shape
@@ -147,9 +153,15 @@ def voxels(image: SpatialImage, path: Path, /, part: Any = (), *, labels: bool =
     ------
     DataError : see `load`.
     """
+    with damage_named(path), np.errstate(over="ignore", invalid="ignore"):  # what overflows is checked below
+        return files.read(image, part, dtype=None if labels else np.float32)
+
+
+@contextmanager
+def damage_named(path: Path, /) -> Iterator[None]:
+    """Whatever reading voxels may raise as a sentence about the file."""
     try:
-        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is not finite, and checked below
-            return files.read(image, part, dtype=None if labels else np.float32)
+        yield
     except UNREADABLE as error:
         raise DataError(f"{path} cannot be read to its end ({error}): it is damaged, get it again.") from error
 

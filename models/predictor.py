@@ -1,9 +1,11 @@
 """A checkpoint as a function: a scan in, its mask out, in the scan's own grid."""
 
 from dataclasses import dataclass
+from itertools import product
 
 import cc3d
 import fill_voids
+import nibabel as nib
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -29,12 +31,14 @@ class Prediction:
     mask : Volume (*native), the label values of the scans that were learned from, mostly uint8
     image, probability : (1, 1, *size) and (1, classes, *size) float32 on the network's grid, whose affine (4, 4) leads
     to mm
+    cut : the mask reaches an end of that grid where the scan goes on
     """
 
     mask: Volume
     image: Tensor
     probability: Tensor
     affine: NDArray[np.float64]
+    cut: bool = False
 
 
 class Predictor:
@@ -54,8 +58,10 @@ class Predictor:
         conformed = image_on_grid(scan, self.grid)
         image = torch.from_numpy(conformed.data)[None, None].to(self.device)
         probability = self.probability(image)
-        found = _in_grid_of(scan, probability[0, 1:].cpu().numpy(), conformed.affine, self.classes)
-        return Prediction(Volume(self.classes.write(found), scan.affine), image, probability, conformed.affine)
+        structures = probability[0, 1:].cpu().numpy()
+        found = _in_grid_of(scan, structures, conformed.affine, self.classes)
+        cut = _is_cut(found > 0, scan.affine, structures.sum(0) > 0.5, conformed.affine)
+        return Prediction(Volume(self.classes.write(found), scan.affine), image, probability, conformed.affine, cut)
 
     @torch.inference_mode()
     def probability(self, image: Tensor, /, *, dropout: bool = False) -> Tensor:
@@ -91,6 +97,25 @@ def _in_grid_of(
         native = volume.restore(structures, affine, found[where].shape, corner)
         found[where] = clean(classes_of(native), classes)
     return found
+
+
+def _is_cut(
+    mask: NDArray[np.bool_], affine: NDArray[np.float64], seen: NDArray[np.bool_], seen_affine: NDArray[np.float64]
+) -> bool:
+    """Whether a mask (*native) reaches an end of the grid on which it was seen (*size) where the scan goes on."""
+    to_native = np.linalg.inv(affine) @ seen_affine
+    for axis, last in product(range(3), (False, True)):
+        face = np.zeros_like(seen)
+        end = tuple(slice(None) if other != axis else -1 if last else 0 for other in range(3))
+        face[end] = seen[end]
+        ends = np.argwhere(face)
+        beyond = ends + np.eye(3, dtype=int)[axis] * (1 if last else -1)
+        at, outside = (np.rint(nib.affines.apply_affine(to_native, places)).astype(int) for places in (ends, beyond))
+        held = [((0 <= places) & (places < mask.shape)).all(1) for places in (at, outside)]
+        both = at[held[0] & held[1]]
+        if mask[tuple(both.T)].any():
+            return True
+    return False
 
 
 def likeliest(probability: Tensor, /) -> Tensor:

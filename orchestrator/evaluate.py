@@ -19,7 +19,7 @@ from onelabel.imaging.volume import Volume
 from onelabel.orchestrator.statistics import compare, holm, interval
 from onelabel.tasks import remote
 from onelabel.tasks.cohort import open_cohort
-from onelabel.tasks.sources import IMAGE_ENDINGS, LABEL_ENDINGS, LABEL_FOLDERS, manifest_rows
+from onelabel.tasks.sources import LABEL_ENDINGS, LABEL_FOLDERS, manifest_rows, stem_of
 from onelabel.tasks.strip import write_table
 from onelabel.tasks.strip_plan import stem
 
@@ -248,9 +248,7 @@ def _files(path: Path) -> list[Path]:
     candidates: Iterable[Path] = path.rglob("*")
     if not path.is_dir():
         candidates = (Path(match) for match in glob.glob(str(path), recursive=True))
-    return sorted(
-        file for file in candidates if file.name.endswith(IMAGE_ENDINGS) and file.is_file() and file.name[0] != "."
-    )
+    return sorted(file for file in candidates if stem_of(file) and file.is_file() and file.name[0] != ".")
 
 
 def _without_scans(files: Sequence[PurePath]) -> Sequence[PurePath]:

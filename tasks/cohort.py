@@ -128,7 +128,7 @@ def open_cohort(
         There is no such source, nothing in it, a column or label is missing, keys are not unique, or a name is no text.
     """
     any_type = bool({"suffix", "datatype"} & set(where or ()))
-    path, folder, rows = _find(str(source), any_type=any_type)
+    path, folder, rows = _find(str(source), any_type=any_type, labels=labels)
     columns = sorted({name for row in rows for name in row})
     rows = keep(rows, where or {}, path)
 
@@ -153,14 +153,14 @@ def open_cohort(
         raise DataError(f"{ascii(error.object)} is no text in UTF-8: rename the file.") from None
 
 
-def _find(source: str, *, any_type: bool) -> tuple[AnyPath, AnyPath, list[Row]]:
+def _find(source: str, *, any_type: bool, labels: bool) -> tuple[AnyPath, AnyPath, list[Row]]:
     """What is named, the folder that its rows' relative paths begin at, and its rows."""
     place = storage.path_of(source)
     if isinstance(place, StorePath):
         return place, place.parent, remote.rows(source, any_type=any_type)
     path = place.expanduser().absolute()
     try:
-        rows = sources.find(path, source, any_type=any_type)
+        rows = sources.find(path, source, any_type=any_type, labels=labels)
     except OSError as error:
         raise DataError(f"'{source}' cannot be looked at ({error.strerror}): give what can be read.") from error
     return path, path if path.is_dir() else path.parent, rows
@@ -219,7 +219,7 @@ def _fill_keys(rows: list[Row]) -> None:
 def _path(row: Row) -> Path:
     """The image's absolute path, or what looks like one for a URI."""
     image: str = row["image"]
-    return Path("/", image.partition("?")[0].replace("://", "/")) if places.is_uri(image) else Path(image)
+    return Path("/", image.partition(":")[0], places.path_in(image)) if places.is_uri(image) else Path(image)
 
 
 def _check_labels(rows: Sequence[Row], path: AnyPath) -> None:

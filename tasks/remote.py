@@ -17,6 +17,7 @@ from onelabel.imaging.storage import StorePath
 from onelabel.tasks.sources import (
     IMAGE_COLUMNS,
     LABEL_ENDINGS,
+    RIVALS,
     TWINS,
     Pairs,
     Row,
@@ -46,15 +47,19 @@ def find(uri: str, /, *, where: Mapping[str, str | Sequence[str]] | None = None)
     DataError : no such store, nothing there, or a column that is missing.
     """
     store, path = places.filesystem(uri)
-    found = keep(rows(uri, any_type=bool({"suffix", "datatype"} & set(where or ()))), where or {}, uri)
+    any_type = bool({"suffix", "datatype"} & set(where or ()))
+    found = keep(rows(uri, any_type=any_type, labels=False), where or {}, uri)
     return [_located(row, uri, path.rstrip("/")) for row in found]
 
 
-def rows(uri: str, /, *, any_type: bool) -> list[Row]:
-    """Like `find`, with the columns `image` and, where one is known, `label`; those of a manifest as they are there."""
+def rows(uri: str, /, *, any_type: bool, labels: bool = True) -> list[Row]:
+    """Like `find`, with the columns `image` and, where one is known, `label`; those of a manifest as they are there.
+
+    labels : of a folder with twins such as images/ and masks/ only the pairs count
+    """
     store, path = places.filesystem(uri)
     try:
-        found = _rows(uri, store, path.rstrip("/"), any_type=any_type)
+        found = _rows(uri, store, path.rstrip("/"), any_type=any_type, labels=labels)
     except (OSError, pa.ArrowException) as error:
         raise DataError(
             f"'{uri}' cannot be read ({' '.join(str(error).split())}): check the URI and the keys."
@@ -83,7 +88,7 @@ def files(place: StorePath, /) -> list[StorePath]:
     return [StorePath(place.root, str(name).removeprefix(root)) for name in found]
 
 
-def _rows(uri: str, store: fs.FileSystem, path: str, *, any_type: bool) -> list[Row]:
+def _rows(uri: str, store: fs.FileSystem, path: str, *, any_type: bool, labels: bool) -> list[Row]:
     if PurePosixPath(path).suffix in _MANIFESTS and store.get_file_info(path).type == fs.FileType.File:
         with places.fetched(uri) as file:
             return manifest_rows(file)
@@ -100,9 +105,13 @@ def _rows(uri: str, store: fs.FileSystem, path: str, *, any_type: bool) -> list[
     beside = _files(store, str(root.parent), deep=False) if found == [root] else found
     if glob.has_magic(path):
         beside = _files(store, _base(path))
+    pairs = _twins(found, root)
+    others = found
+    if pairs:
+        others = [] if labels else [name for name in found if name.relative_to(root).parts[0] not in TWINS]
     return [
-        {name: place and places.at(uri, place) for name, place in row.items()}
-        for row in as_rows(_twins(found, root) or pair_by_ending(found, beside))
+        {name: place if name == RIVALS else place and places.at(uri, place) for name, place in row.items()}
+        for row in as_rows(pairs | pair_by_ending(others, beside))
     ]
 
 
@@ -139,7 +148,7 @@ def _located(row: Row, uri: str, path: str) -> Row:
     image = places.localised(str(row[column]))
     if not places.is_uri(image):
         image = places.at(uri, posixpath.normpath(posixpath.join(posixpath.dirname(path), image)))
-    name = PurePosixPath(image.partition("?")[0])
-    root = places.at(uri, path).partition("?")[0] + "/"
-    inside = image.partition("?")[0].removeprefix(root) if image.startswith(root) else None
+    name = PurePosixPath(places.path_in(image))
+    same = image.partition("://")[0] == uri.partition("://")[0]
+    inside = name.relative_to(path).as_posix() if same and name.is_relative_to(path) and str(name) != path else None
     return row | {"image": image, "key": row.get("key") or stem_of(name) or name.stem, "inside": inside}

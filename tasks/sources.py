@@ -16,7 +16,8 @@ from bids2table import index_dataset
 
 from onelabel.errors import DataError
 
-IMAGE_ENDINGS = (".nii.gz", ".nii", ".mgz", ".mgh", ".hdr", ".mnc", ".HEAD", ".PAR")  # of a pair, the header
+# In any case; of a pair, the header.
+IMAGE_ENDINGS = (".nii.gz", ".nii", ".nii.bz2", ".nii.zst", ".mgz", ".mgh", ".hdr", ".mnc", ".HEAD", ".PAR")
 LABEL_ENDINGS = ("_brain_mask", "_brainmask", "_mask", "_label", "_seg")  # the longest that fits comes first
 IMAGE_FOLDERS = ("image", "images", "t1", "imagesTr")
 LABEL_FOLDERS = ("mask", "masks", "label", "labels", "labelsTr")
@@ -30,8 +31,11 @@ Row = dict[str, Any]  # a manifest's row: whatever columns it has
 Pairs = dict[PurePath, list[PurePath]]  # an image and the label files that go with it
 
 
-def find(path: Path, source: str | Path, /, *, any_type: bool) -> list[Row]:
-    """Rows of whatever kind of source this is on this machine; in BIDS of anatomical images unless `any_type`."""
+def find(path: Path, source: str | Path, /, *, any_type: bool, labels: bool = True) -> list[Row]:
+    """Rows of whatever kind of source this is on this machine; in BIDS of anatomical images unless `any_type`.
+
+    labels : of a folder with twins such as images/ and masks/ only the pairs count
+    """
     if path.suffix == ".img" and path.with_suffix(".hdr").is_file():
         path = path.with_suffix(".hdr")
     if not path.exists():
@@ -50,8 +54,11 @@ def find(path: Path, source: str | Path, /, *, any_type: bool) -> list[Row]:
         problem = f"is a BIDS dataset without {'' if any_type else 'anatomical '}images"
     else:
         twins = {path / name: _images((path / name).rglob("*")) for name in TWINS if (path / name).is_dir()}
-        found = [] if (rows := as_rows(pair_by_folder(twins.items()))) else _images(path.rglob("*"))
-        rows = rows or as_rows(pair_by_ending(found, _beside(found)))
+        pairs = pair_by_folder(twins.items())
+        found = [] if pairs and labels else _images(path.rglob("*"))
+        if pairs:  # what lies in neither is to be stripped too
+            found = [file for file in found if not any(file.is_relative_to(folder) for folder in twins)]
+        rows = as_rows(pairs | pair_by_ending(found, _beside(found)))
         problem = "is a folder without images"
     if not rows:
         raise DataError(
@@ -206,14 +213,15 @@ def one_label(row: Row, /) -> None:
 
 
 def _images(paths: Iterable[str | Path]) -> list[Path]:
-    """The image files among paths, in order; hidden ones are unfinished or a file system's own."""
+    """The image files among paths, lost links too, in order; hidden ones are unfinished or a file system's own."""
     found = (Path(path) for path in paths)
-    return sorted(path for path in found if stem_of(path) and not path.name.startswith(".") and path.is_file())
+    return sorted(path for path in found if stem_of(path) and not path.name.startswith(".") and not path.is_dir())
 
 
 def stem_of(path: PurePath) -> str:
     """A file's name without its ending, empty if it is no image."""
-    return next((path.name.removesuffix(end) for end in IMAGE_ENDINGS if path.name.endswith(end)), "")
+    name = path.name.lower()
+    return next((path.name[: -len(end)] for end in IMAGE_ENDINGS if name.endswith(end.lower())), "")
 
 
 def check_column(name: str, columns: Sequence[str], path: object, /) -> None:

@@ -13,7 +13,7 @@ from onelabel.imaging import places
 from onelabel.imaging.places import Folder
 from onelabel.tasks import remote
 from onelabel.tasks.cohort import open_cohort
-from onelabel.tasks.sources import IMAGE_ENDINGS
+from onelabel.tasks.sources import stem_of
 
 Where = Mapping[str, str | Sequence[str]]
 
@@ -119,7 +119,7 @@ def check_apart(inputs: Sequence[str], jobs: Sequence[Job], out: Folder, /) -> N
 
 def stem(path: PurePath, /) -> str:
     """A file's name without its ending."""
-    return next((path.name.removesuffix(end) for end in IMAGE_ENDINGS if path.name.endswith(end)), path.stem)
+    return stem_of(path) or path.stem
 
 
 def _on_disk(source: str, where: Where | None) -> list[_Found]:
@@ -141,12 +141,15 @@ def _inside(image: str, root: Path) -> str | None:
 
 
 def _real(place: str) -> str:
-    return place.partition("?")[0] if places.is_uri(place) else os.path.realpath(Path(place).expanduser())
+    if places.is_uri(place):
+        return f"{place.partition('://')[0]}://{places.path_in(place)}"
+    return os.path.realpath(Path(place).expanduser())
 
 
 def _is_folder(place: str) -> bool:
     if places.is_uri(place):
-        return not glob.has_magic(place) and not place.endswith((*IMAGE_ENDINGS, ".csv", ".tsv", ".parquet"))
+        path = PurePath(place)
+        return not (glob.has_magic(place) or stem_of(path) or path.suffix in {".csv", ".tsv", ".parquet"})
     return Path(place).is_dir()
 
 
@@ -194,7 +197,8 @@ def _in_folders(job: Job, common: str) -> Job:
 
 def _path(job: Job) -> str:
     """The scan's absolute path, or what looks like one for a URI."""
-    return "/" + job.image.partition("?")[0].replace("://", "/") if places.is_uri(job.image) else job.image
+    image = job.image
+    return f"/{image.partition(':')[0]}/{places.path_in(image)}" if places.is_uri(image) else image
 
 
 def _repeated(items: Any) -> set[Any]:

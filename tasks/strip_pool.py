@@ -16,8 +16,10 @@ from onelabel.tasks.strip_plan import Job
 from onelabel.tasks.strip_worker import SCHEMA, Row, Settings, Stripper
 
 LOST = "WorkerLost"
+WINDOW = 10_000  # scans that Ray is told of at a time: each costs memory here, and has a block of its own
 _LOST_SENTENCE = (
-    "the worker died twice over this scan, perhaps for want of memory: give it alone to a machine with more of it"
+    "the worker died or failed twice over this scan, perhaps for want of memory: give it alone to a machine with more"
+    " of it, or see the worker's log"
 )
 
 
@@ -49,6 +51,13 @@ def over_ray(
     ------
     ClusterError : the cluster fails.
     """
+    for begin in range(0, len(jobs), WINDOW):
+        yield from _window(jobs[begin : begin + WINDOW], checkpoint, settings, out, workers=workers, memory=memory)
+
+
+def _window(
+    jobs: Sequence[Job], checkpoint: AnyPath | None, settings: Settings, out: Folder, /, *, workers: int, memory: float
+) -> Iterator[Row]:
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # we say ourselves what failed
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False

@@ -5,9 +5,10 @@ import json
 import re
 import shutil
 import time
+import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -79,7 +80,8 @@ class Record:
                 out.remove([TABLE, *_parts(out)])
             self._done = self._read_done()
             undo.pop_all()
-        self._number = max((int(name[-8:]) for name in _parts(out)), default=-1) + 1
+        self._number = max((int(name[len(_PARTS) + 1 :][:8]) for name in _parts(out)), default=-1) + 1
+        self._suffix = uuid.uuid4().hex[:8]  # nothing holds a store against another command
         self._rows: list[Row] = []
         self._written_at = 0.0
 
@@ -137,6 +139,7 @@ class Record:
         """Join all parts into the table: the last row of each of these scans, and of others that succeeded before."""
         self.flush()
         wanted = {job.image for job in jobs}
+        joined = _parts(self.out)
         last: dict[str, tuple[str, int]] = {}
         volumes: dict[str, float | None] = {}
         for source, place, row in self._each(_LIGHT):
@@ -155,15 +158,16 @@ class Record:
                     for row in rows.drop_columns("picture").to_pylist():
                         if row["image"] in wanted:
                             _count(outcome, reasons, row)
-            self.out.remove(_parts(self.out))
+            self.out.remove(joined)
         outcome.reasons = reasons.most_common()
         return outcome
 
     def close(self) -> None:
         """Leave nothing behind but results, and parts that were not joined."""
         shutil.rmtree(self.out.scratch, ignore_errors=True)
-        if not _parts(self.out):
-            self.out.remove([HIDDEN])
+        with suppress(OSError):  # of a store that does not answer any more
+            if not _parts(self.out):
+                self.out.remove([HIDDEN])
         if self._lock:
             self._lock.close()
 
@@ -236,7 +240,7 @@ class Record:
         return [TABLE] * there + _parts(self.out)
 
     def _write(self, rows: list[Row]) -> None:
-        with self.out.writing(f"{_PARTS}-{self._number:08d}") as file:
+        with self.out.writing(f"{_PARTS}-{self._number:08d}-{self._suffix}") as file:
             pq.write_table(pa.Table.from_pylist(rows, SCHEMA.with_metadata(self._metadata())), file)
 
     def _metadata(self) -> dict[bytes, bytes]:

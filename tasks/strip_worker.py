@@ -19,8 +19,8 @@ import torch
 from numpy.typing import NDArray
 
 from onelabel import __version__
-from onelabel.errors import SCAN_FAULTS, ClusterError, sentence
-from onelabel.imaging import edges, metrics, outputs, picture, places, series
+from onelabel.errors import SCAN_FAULTS, ClusterError, ConfigError, sentence
+from onelabel.imaging import edges, outputs, picture, places, series
 from onelabel.imaging.places import Folder
 from onelabel.imaging.storage import AnyPath
 from onelabel.imaging.volume import Volume
@@ -46,6 +46,7 @@ SCHEMA = pa.schema(
     ]
 )
 EMPTY, FULL, LOW, EDGE = "empty", "full", "low expected Dice", "touches the edge of the field of view"
+CUT = "cut off where the network's view ends"
 UNLIKE = "volume unlike the others'"
 WAIT_S = 1.0  # before a scan is tried again
 FAULTS = (*SCAN_FAULTS, ArithmeticError, AttributeError, EOFError, LookupError, TypeError, struct.error, zlib.error)
@@ -73,19 +74,27 @@ class Settings:
     border_mm: float = 0.0
     each_frame: bool = False
 
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.border_mm):
+            raise ConfigError(f"the border {self.border_mm} is no length: give it in mm")
+
 
 @dataclass(frozen=True)
 class Segmented:
-    """A volume, its mask (*size) of label values, mostly uint8, and what to expect of it."""
+    """A volume, its mask (*size) of label values, mostly uint8, and what to expect of it.
+
+    cut : the mask reaches an end of the network's grid where the scan goes on
+    """
 
     volume: Volume
     mask: NDArray[Any]
     trust: Trust | None
+    cut: bool
 
     @property
     def volume_ml(self) -> float:
         """Of the mask."""
-        return metrics.volume_mm3(self.mask > 0, self.volume.spacing_mm) / 1000
+        return np.count_nonzero(self.mask) * self.volume.voxel_mm3 / 1000
 
     def flags(self) -> list[str]:
         """What speaks against the mask, or should be known of it."""
@@ -96,7 +105,7 @@ class Segmented:
             return [FULL]
         low = self.trust is not None and self.trust.flag
         edge = any(inside.take(place, axis).any() for axis in range(3) for place in (0, -1))
-        return [LOW] * low + [EDGE] * edge
+        return [LOW] * low + [CUT] * self.cut + [EDGE] * edge
 
 
 class Clock:
@@ -170,7 +179,7 @@ class Stripper:
             trust = self.judge(prediction) if self.judge else None
         with clock("predict"):
             mask = edges.move(prediction.mask.data, self.settings.border_mm, volume.spacing_mm)
-        return Segmented(volume, mask, trust)
+        return Segmented(volume, mask, trust, prediction.cut)
 
     def _try(self, job: Job) -> Row:
         """Strip a scan, twice if what failed the first time can pass."""
@@ -219,7 +228,7 @@ class Stripper:
         if len(classes) == 2:
             return None
         values = {name: known[0] for name, known in zip(classes.names[1:], classes.values[1:], strict=True)}
-        found = {name: metrics.volume_mm3(mask.data == value, mask.spacing_mm) for name, value in values.items()}
+        found = {name: np.count_nonzero(mask.data == value) * mask.voxel_mm3 for name, value in values.items()}
         return json.dumps({name: round(mm3 / 1000 / masks, 3) for name, mm3 in found.items()})
 
     def _save(self, job: Job, mask: Volume, like: Path) -> None:
@@ -241,7 +250,7 @@ class Stripper:
 
 def doubtful(flags: Sequence[str], /) -> bool:
     """Whether one of the flags asks for a look at the mask."""
-    return any(flag.startswith((EMPTY, FULL, LOW, UNLIKE)) for flag in flags)
+    return any(flag.startswith((EMPTY, FULL, LOW, CUT, UNLIKE)) for flag in flags)
 
 
 def can_pass(error: BaseException, /) -> bool:

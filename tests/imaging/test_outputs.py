@@ -145,6 +145,31 @@ def test_a_series_is_read_as_its_mean_or_one_by_one(tmp_path: Path, name: str, s
     np.testing.assert_array_equal(np.stack([volume.data for volume in each], -1), frames)
 
 
+@pytest.mark.parametrize("each", [False, True])
+@pytest.mark.parametrize("name", ["a.nii.gz", "a.mgz"])
+def test_the_checksum_of_a_packed_series_counts(tmp_path: Path, name: str, each: bool) -> None:
+    kind = nib.MGHImage if name.endswith("mgz") else nib.Nifti1Image
+    nib.save(kind(np.random.default_rng(0).random((*SHAPE, 3), np.float32), TILTED), tmp_path / name)
+    content = bytearray((tmp_path / name).read_bytes())
+    content[-8] ^= 1  # the first byte of the checksum
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.(nii\.gz|mgz) cannot be read to its end"):
+        list(series.read(tmp_path / name, each=each))
+
+
+@pytest.mark.parametrize("kind", [nib.AnalyzeImage, nib.Spm99AnalyzeImage, nib.Spm2AnalyzeImage])
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "float32", "float64"])
+def test_an_analyze_scan_gets_a_nifti_image_of_its_own_type(tmp_path: Path, kind: type, dtype: str) -> None:
+    data = np.random.default_rng(0).uniform(0, 200, SHAPE).astype(dtype)
+    nib.save(kind(data, np.diag([2.0, 2, 2, 1])), tmp_path / "a.img")
+    mask = data > 90
+    save_inside(mask, tmp_path / "brain.nii.gz", like=tmp_path / "a.hdr")
+    image, brain = nib.load(tmp_path / "a.hdr"), nib.load(tmp_path / "brain.nii.gz")
+    assert brain.get_data_dtype() == data.dtype
+    np.testing.assert_allclose(brain.affine, image.affine)
+    np.testing.assert_array_equal(np.asarray(brain.dataobj), np.where(mask, data, 0))
+
+
 @pytest.mark.parametrize("shape", [(5, 6), (5, 6, 7, 2, 3), (5, 6, 1), (5, 1, 7, 3)])
 def test_what_is_no_series_is_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
     nib.save(nib.Nifti1Image(np.random.default_rng(0).random(shape, np.float32), np.eye(4)), tmp_path / "a.nii")

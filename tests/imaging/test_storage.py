@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from onelabel.errors import DataError, StorageError
-from onelabel.imaging import outputs, storage, volume
+from onelabel.imaging import outputs, places, storage, volume
 from onelabel.imaging.storage import AnyPath, StorePath, path_of
 from onelabel.imaging.volume import Volume
 
@@ -103,6 +103,14 @@ def test_a_query_stays_at_the_end() -> None:
     path = path_of("s3://heads/runs/?region=oslo")
     assert str(path / "a" / "b.txt") == "s3://heads/runs/a/b.txt?region=oslo"
     assert str((path / "a").parent.parent) == "s3://heads?region=oslo"
+
+
+def test_what_has_a_meaning_in_uris_is_escaped() -> None:
+    path = path_of("s3://heads/my runs?region=oslo") / "a#1 ü?%20.nii"
+    assert str(path) == "s3://heads/my%20runs/a%231%20%C3%BC%3F%2520.nii?region=oslo"
+    assert path_of(str(path)) == path
+    assert places.path_in(str(path)) == "heads/my runs/a#1 ü?%20.nii"
+    assert places.filesystem(str(path))[1] == places.path_in(str(path))
 
 
 def test_a_password_is_refused() -> None:

@@ -86,6 +86,26 @@ def test_masks_have_the_scans_own_voxels(bright: Predictor, shape: tuple[int, ..
     assert dice(prediction.mask.data, scan.data > 500) > 0.9
 
 
+@pytest.mark.parametrize("axis", range(3))
+@pytest.mark.parametrize("matrix", ORIENTATIONS[::7])
+def test_a_mask_that_the_grid_cuts_off_is_called_so(bright: Predictor, matrix: np.ndarray, axis: int) -> None:
+    """A rod that leaves the network's grid, one that ends with the scan, and one that ends in the grid."""
+    shape = np.array([18, 18, 18])
+    shape[axis] = 40
+    affine = np.eye(4)
+    affine[:3, :3] = matrix * SPACING_MM
+    data = np.full(shape, 30, np.float32)
+    middle = tuple(slice(None) if a == axis else slice(6, 12) for a in range(3))
+    data[middle] = 900
+    assert bright(Volume(data, affine)).cut
+    short = tuple(slice(11, 29) if a == axis else slice(None) for a in range(3))
+    assert not bright(Volume(data[short], affine)).cut
+    ended = data.copy()
+    for end in (slice(0, 15), slice(-15, None)):
+        ended[tuple(end if a == axis else slice(None) for a in range(3))] = 30
+    assert not bright(Volume(ended, affine)).cut
+
+
 def test_predictions_keep_what_rankers_need(bright: Predictor) -> None:
     prediction = bright(scan_of(np.eye(3, dtype=int)))
     assert prediction.image.shape == (1, 1, 24, 28, 24)

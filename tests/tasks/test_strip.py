@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from stripped import files, other_network, table
 
-from onelabel.errors import CheckpointError, ClusterError, DataError
+from onelabel.errors import CheckpointError, ClusterError, ConfigError, DataError
 from onelabel.imaging.places import HIDDEN
 from onelabel.tasks.strip import strip
 from onelabel.tasks.strip_record import TABLE
@@ -182,6 +182,12 @@ def test_a_grid_that_does_not_fit_the_network_is_named(
     scan = str(write_scan(tmp_path / "head.nii.gz"))
     with pytest.raises(CheckpointError, match="has a grid .* that its network cannot use"):
         strip([scan], out=tmp_path / "out", checkpoint=broken)
+
+
+@pytest.mark.parametrize("border", [float("nan"), float("inf")])
+def test_a_border_is_a_length(border: float) -> None:
+    with pytest.raises(ConfigError, match="is no length"):
+        Settings(border_mm=border)
 
 
 def test_a_missing_gpu_is_named(

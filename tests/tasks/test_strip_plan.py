@@ -152,6 +152,17 @@ def test_labels_may_be_as_many_as_there_are(tmp_path: Path) -> None:
     assert targets(root) == ["sub-1/anat/sub-1_desc-brain_mask.nii.gz"]
 
 
+def test_no_scan_of_a_folder_is_passed_over(tmp_path: Path) -> None:
+    names = ["a.NII.GZ", "b.nii.bz2", "t1/c.nii.gz", "t2/c.nii.gz", "more/d.mgz"]
+    for name in (*names, "masks/c.nii.gz", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "lost.nii.gz").symlink_to("nowhere.nii.gz")
+    jobs = plan([str(tmp_path)])
+    assert {job.image for job in jobs} == {str(tmp_path / name) for name in (*names, "lost.nii.gz")}
+    assert {job.mask for job in jobs} >= {"a_mask.nii.gz", "b_mask.nii.gz", "t1/c_mask.nii.gz", "t2/c_mask.nii.gz"}
+
+
 def test_disks_and_stores_may_be_mixed(tmp_path: Path) -> None:
     touched(tmp_path, "a/head.nii.gz")
     manifest = tmp_path / "scans.csv"

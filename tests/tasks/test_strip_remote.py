@@ -84,6 +84,17 @@ def test_a_folder_becomes_a_folder_and_the_same_command_goes_on(
     assert not list((tmp_path / "tmp").rglob("*.nii*"))
 
 
+def test_names_may_hold_what_has_a_meaning_in_uris(bucket: Store, put: Callable[..., None], trained: Path) -> None:
+    stems = ["a head", "50% off", "Köpfe", "what?", "no#1", "a+b&c=d"]
+    for stem in stems:
+        put(f"my scans/{stem}.nii.gz")
+    outcome = strip(["s3://heads/my scans"], out="s3://heads/my masks", checkpoint=trained)
+    assert (outcome.stripped, outcome.failed) == (6, 0)
+    assert names(bucket, "my masks") == sorted([*(f"{stem}_mask.nii.gz" for stem in stems), TABLE])
+    assert {row["key"] for row in rows(bucket, "my masks")} == set(stems)
+    assert strip(["s3://heads/my%20scans"], out="s3://heads/my%20masks", checkpoint=trained).kept == 6
+
+
 def test_the_masks_are_those_of_local_files(
     bucket: Store, put: Callable[..., None], trained: Path, tmp_path: Path
 ) -> None:
