@@ -4,7 +4,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ import ray
 from ray import ActorID, PlacementGroupID
 from ray.autoscaler.sdk import request_resources
 from ray.core.generated import gcs_pb2
-from ray.util.placement_group import PlacementGroup, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from onelabel.configs.schema import ComputeConfig
 from onelabel.errors import ClusterError
@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 Bundle = Mapping[str, float]
 _LOOK_S = 2
 _TELL_S = 30
+_TURN = {"node:__internal_head__": 0.6}  # of 1, which a cluster has once: one at a time can hold it
 _UNITS = {"CPU": "CPUs", "GPU": "GPUs", "memory": "GiB of memory", "object_store_memory": "GiB of object store"}
 
 
@@ -121,6 +122,23 @@ def watch(demands: Sequence[Demand], /, *, every_s: float = _TELL_S) -> Iterator
     finally:
         over.set()
         thread.join()
+
+
+@contextmanager
+def turn(*, tell_s: float = _TELL_S) -> Iterator[Callable[[], None]]:
+    """Begin one after the other: runs that each hold a part of what both still need would wait for ever.
+
+    Yields
+    ------
+    What to call when all processes of this run are there, for the next to begin; the end of the block does it too.
+    """
+    group = placement_group([_TURN])
+    try:
+        while not group.wait(tell_s):
+            log.info("another run's training is about to begin, and may wait for resources; this one is next")
+        yield lambda: remove_placement_group(group)
+    finally:
+        remove_placement_group(group)
 
 
 def release_orphans() -> int:

@@ -14,6 +14,7 @@ from onelabel.configs.learners import (
     CurriculumConfig,
     LearnerConfig,
     MetaWeightedConfig,
+    ScribbleConfig,
     SupervisedConfig,
 )
 from onelabel.configs.searching import SearchConfig
@@ -363,6 +364,10 @@ class RunConfig(Base):
             if isinstance(stage.learner, MetaWeightedConfig) and self.compute.compile:
                 raise ValueError(
                     f"stage '{stage.name}' differentiates forwards, which compute.compile cannot: turn it off"
+                )
+            if isinstance(stage.learner, ScribbleConfig) and self.compute.compile:
+                raise ValueError(
+                    f"stage '{stage.name}' looks into the network, which compute.compile cannot speed up: turn it off"
                 )
             if (
                 isinstance(stage.learner, CurriculumConfig)

@@ -97,7 +97,11 @@ class SearchConfig(Base):
         " test_dice where there is data.test",
     )
     halving: HalvingConfig | None = Field(None, description="early stopping; null: none")
-    concurrent: int | None = Field(None, ge=1, description="most trials at a time; null: as many as the cluster holds")
+    concurrent: int | None = Field(
+        None,
+        ge=1,
+        description="most trials at a time, as many as the cluster holds; with compute.wait_s more wait for new nodes",
+    )
 
     @model_validator(mode="after")
     def _finite(self) -> Self:

@@ -78,7 +78,7 @@ def _run(config: RunConfig, on_round: Callable[[dict[str, Any]], None] | None) -
         resources.check(demands, wait_s=config.compute.wait_s if joined else 0)
         if joined:
             runtime.check_shared(folder)
-        work = Work(config, cohorts, folder, tracker, row_queue())
+        work = Work(config, cohorts, folder, tracker, row_queue(), joined)
         selection = None
         with resources.watch(demands):
             for now in rounds:

@@ -80,7 +80,7 @@ def rank(
     with runtime.connect(config.compute) as joined, Tracker(config, folder) as tracker:
         demands = resources.of_stage(config.compute, **needs(config, cohorts))
         resources.check(demands, wait_s=config.compute.wait_s if joined else 0)
-        work = Work(config, cohorts, folder, tracker, row_queue())
+        work = Work(config, cohorts, folder, tracker, row_queue(), joined)
         grid = Grid(config.grid.spacing_mm, config.grid.size)
         probes = work.probes(config.stages[0].expect)
         task = judging.RankTask(segmenter, ranker, work.fit_ranker(ranker), grid, probes, config.seed)

@@ -112,7 +112,10 @@ def search(config: RunConfig, /) -> Found:
         nested = config.tracking.model_copy(update={"uri": uri, "parent": tracker.run_id})
         common = common.model_copy(update={"tracking": nested})
         most = settings.concurrent or len(tried)
-        at_once = min(resources.copies(demand, most=most) for demand in demands)
+        if joined and settings.concurrent and config.compute.wait_s:
+            at_once = most  # what does not fit yet waits for nodes that an autoscaler adds
+        else:
+            at_once = min(resources.copies(demand, most=most) for demand in demands)
         log.info("%d trials, %d at a time, for the highest %s", len(tried), at_once, objective)
         _tune(config, common, [one.point for one in tried], objective, at_once)
         found = Found(folder, objective, _ranked(trials.known(common), objective), tracker.command())

@@ -4,7 +4,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ import pyarrow as pa
 import ray
 from ray.util.queue import Queue
 
+from onelabel.cluster import resources
 from onelabel.configs.schema import (
     AutoencoderRankerConfig,
     ExpectConfig,
@@ -45,13 +46,17 @@ Scans = tuple[list[Any], list[float]]
 
 @dataclass
 class Work:
-    """The parts of a run, and what they share: scans in the object store, fitted rankers, seconds by kind of work."""
+    """The parts of a run, and what they share: scans in the object store, fitted rankers, seconds by kind of work.
+
+    joined : whether other runs may train on the same cluster
+    """
 
     config: RunConfig
     cohorts: Cohorts
     folder: AnyPath
     tracker: Tracker
     queue: Queue
+    joined: bool
     prepared: dict[str, Scans] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
@@ -67,8 +72,7 @@ class Work:
             if self.cohorts.unlabelled:
                 jobs += self._rankings(now.stage.ranker, stack)
             if jobs:
-                folder = now.folder / "training"
-                figures = fit(jobs, compute=self.config.compute, folder=folder, queue=self.queue)
+                figures = self._fit(jobs, now.folder / "training")
                 self.seconds["training"] += sum(row["seconds"] for row in figures.values())
                 if now.name in figures:
                     return now.training(figures[now.name])
@@ -79,8 +83,12 @@ class Work:
         with ExitStack() as stack:
             jobs = self._rankings(ranker, stack)
             if jobs:
-                fit(jobs, compute=self.config.compute, folder=self.folder / "training", queue=self.queue)
+                self._fit(jobs, self.folder / "training")
         return self.fitted(ranker)
+
+    def _fit(self, jobs: Sequence[Job], folder: AnyPath) -> dict[str, dict[str, float]]:
+        with resources.turn() if self.joined else nullcontext(lambda: None) as begun:
+            return fit(jobs, compute=self.config.compute, folder=folder, queue=self.queue, begun=begun)
 
     def fitted(self, ranker: RankerConfig | None) -> tuple[AnyPath | None, ...]:
         """The checkpoints of a ranker's networks."""

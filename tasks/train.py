@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -52,13 +53,22 @@ def row_queue() -> Queue:
     return Queue(actor_options={"num_cpus": 0, "scheduling_strategy": streams.this_node()})
 
 
-def fit(jobs: Sequence[Job], /, *, compute: ComputeConfig, folder: AnyPath, queue: Queue) -> dict[str, Row]:
+def fit(
+    jobs: Sequence[Job],
+    /,
+    *,
+    compute: ComputeConfig,
+    folder: AnyPath,
+    queue: Queue,
+    begun: Callable[[], None] = lambda: None,
+) -> dict[str, Row]:
     """Train one task after the other in the same workers, for to start them takes long, and leave the checkpoints.
 
     Parameters
     ----------
     folder : Ray Train's state; a run that was cut off goes on from it. Removed at the end.
     queue : for rows from the workers; used by one call at a time
+    begun : called in another thread when the first steps are made, so that all processes are there
 
     Returns
     -------
@@ -80,7 +90,7 @@ def fit(jobs: Sequence[Job], /, *, compute: ComputeConfig, folder: AnyPath, queu
     }
     forget_torn(folder)
     try:
-        with storage.answering(folder), _Listening(queue, jobs):
+        with storage.answering(folder), _Listening(queue, jobs, begun):
             result = _trainer(settings, compute, folder, memory).fit()
     except ray.train.TrainingFailedError as error:
         raise ClusterError(f"training in '{folder}' failed: {last_line(error)}; the same command resumes it") from error
@@ -150,11 +160,19 @@ def _trainer(settings: dict[str, Any], compute: ComputeConfig, folder: AnyPath, 
     )
 
 
+def _free() -> str:
+    """What others leave of the cluster, in words."""
+    there, free = ray.cluster_resources(), ray.available_resources()
+    kinds = [kind for kind in ("CPU", "GPU") if kind in there]
+    return " and ".join(f"{free.get(kind, 0):g} of {there[kind]:g} {kind}s are free" for kind in kinds)
+
+
 class _Listening:
     """Shows each task's rows from a thread of its own."""
 
-    def __init__(self, queue: Queue, jobs: Sequence[Job]) -> None:
+    def __init__(self, queue: Queue, jobs: Sequence[Job], begun: Callable[[], None]) -> None:
         self.queue, self.jobs, self.over = queue, {job.task.name: job for job in jobs}, threading.Event()
+        self.begun = begun
         self.thread = threading.Thread(target=self._listen, daemon=True)
 
     def __enter__(self) -> None:
@@ -166,7 +184,7 @@ class _Listening:
 
     def _listen(self) -> None:
         with ExitStack() as stack:
-            shown, show = "", None
+            shown, show, told = "", None, time.monotonic()
             while True:
                 over = self.over.is_set()
                 try:
@@ -174,7 +192,12 @@ class _Listening:
                 except Empty:
                     if over:
                         return
+                    if show is None and time.monotonic() - told > _TELLING_S:
+                        told = time.monotonic()
+                        log.info("training has not begun yet: %s", _free())
                     continue
+                if show is None:
+                    self.begun()
                 if name != shown or show is None:
                     stack.close()
                     shown, show = name, stack.enter_context(self.jobs[name].shown())

@@ -160,3 +160,29 @@ def test_what_a_dead_actor_reserved_is_given_back(ray_cluster: None) -> None:
     while not resources.release_orphans():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_trainings_begin_one_after_the_other(ray_cluster: None, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    order: list[str] = []
+
+    def second() -> None:
+        with resources.turn(tell_s=1) as begun:
+            order.append("second")
+            begun()
+
+    other = threading.Thread(target=second)
+    with resources.turn() as begun:
+        other.start()
+        time.sleep(2)
+        order.append("first")
+        begun()
+        other.join(60)  # it need not wait for the end of the block
+        assert order == ["first", "second"]
+    assert "another run's training is about to begin" in caplog.text
+
+
+def test_who_fails_to_begin_leaves_the_turn_to_others(ray_cluster: None) -> None:
+    for _ in range(2):
+        with pytest.raises(RuntimeError), resources.turn():
+            raise RuntimeError
