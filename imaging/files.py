@@ -3,15 +3,24 @@
 import gzip
 import io
 import math
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
 from typing import Any
+from xml.parsers.expat import ExpatError
 
 import numpy as np
 from nibabel.arrayproxy import ArrayProxy
-from nibabel.spatialimages import SpatialImage
+from nibabel.brikhead import AFNIImageError
+from nibabel.cifti2.cifti2 import Cifti2HeaderError
+from nibabel.filebasedimages import ImageFileError
+from nibabel.freesurfer.mghformat import MGHError
+from nibabel.minc1 import MincError
+from nibabel.parrec import PARRECError
+from nibabel.spatialimages import HeaderDataError, HeaderTypeError, ImageDataError, SpatialImage
+from nibabel.wrapstruct import WrapStructError
 from numpy.typing import NDArray
 
 from onelabel.errors import DataError
@@ -20,6 +29,28 @@ PACKED = (".gz", ".mgz")
 PACKED_TIGHTER = (".bz2", ".zst")  # whose blocks have checksums
 MOST_PACKED = 1032  # bytes that gzip can make one
 CHUNK = 2**20
+UNREADABLE = (
+    ImageFileError,
+    HeaderDataError,
+    HeaderTypeError,
+    WrapStructError,
+    ImageDataError,
+    Cifti2HeaderError,
+    ExpatError,
+    MGHError,
+    MincError,
+    PARRECError,
+    AFNIImageError,
+    OSError,  # with gzip.BadGzipFile
+    EOFError,
+    zlib.error,
+    ValueError,
+    KeyError,  # an unknown type of voxel in an MGZ header
+    TypeError,  # fewer voxels than the header says
+    OverflowError,
+    MemoryError,
+    ImportError,  # MINC 2 needs h5py
+)
 
 
 def read(image: SpatialImage, part: Any = (), /, *, dtype: type[np.floating[Any]] | None) -> NDArray[Any]:
@@ -60,6 +91,15 @@ def read(image: SpatialImage, part: Any = (), /, *, dtype: type[np.floating[Any]
             io.BytesIO(_unpacked(path, need)), (proxy.shape, proxy.dtype, proxy.offset, proxy.slope, proxy.inter)
         )
     return np.asarray(proxy, dtype)
+
+
+@contextmanager
+def damage_named(path: Path, /) -> Iterator[None]:
+    """Whatever reading voxels may raise as a sentence about the file."""
+    try:
+        yield
+    except UNREADABLE as error:
+        raise DataError(f"{path} cannot be read to its end ({error}): it is damaged, get it again.") from error
 
 
 @contextmanager

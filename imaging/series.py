@@ -7,7 +7,7 @@ import numpy as np
 from nibabel.spatialimages import SpatialImage
 
 from onelabel.imaging import files
-from onelabel.imaging.volume import Volume, checked, damage_named, open_image, voxels
+from onelabel.imaging.volume import Volume, checked, open_image, voxels
 
 
 def read(path: Path, /, *, each: bool = False) -> Iterator[Volume]:
@@ -24,7 +24,7 @@ def read(path: Path, /, *, each: bool = False) -> Iterator[Volume]:
     """
     image = open_image(path)
     if _is_series(image) and files.is_packed(image):
-        with damage_named(path), files.forwards(image) as opened:
+        with files.damage_named(path), files.forwards(image) as opened:
             yield from volumes(opened, path, each=each)
     else:
         yield from volumes(image, path, each=each)

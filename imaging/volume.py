@@ -5,26 +5,16 @@ Affines map voxel indices to millimetres in RAS (x to the right, y to the front,
 
 import logging
 import math
-import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
-from xml.parsers.expat import ExpatError
 
 import nibabel as nib
 import numpy as np
-from nibabel.brikhead import AFNIImageError
-from nibabel.cifti2.cifti2 import Cifti2HeaderError
-from nibabel.filebasedimages import ImageFileError
-from nibabel.freesurfer.mghformat import MGHError
-from nibabel.minc1 import MincError
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
-from nibabel.parrec import PARRECError
-from nibabel.spatialimages import HeaderDataError, HeaderTypeError, ImageDataError, SpatialImage
-from nibabel.wrapstruct import WrapStructError
+from nibabel.spatialimages import SpatialImage
 from numpy.typing import NDArray
 
 from onelabel.errors import DataError
@@ -38,29 +28,6 @@ log = logging.getLogger(__name__)
 MAX_BAD_FRACTION = 0.01  # of voxels that are not finite
 MAX_LABEL = 2**24  # the last whole number that float32 holds exactly
 SAMPLED_VOXELS = 2**18  # enough for percentiles
-
-UNREADABLE = (
-    ImageFileError,
-    HeaderDataError,
-    HeaderTypeError,
-    WrapStructError,
-    ImageDataError,
-    Cifti2HeaderError,
-    ExpatError,
-    MGHError,
-    MincError,
-    PARRECError,
-    AFNIImageError,
-    OSError,  # with gzip.BadGzipFile
-    EOFError,
-    zlib.error,
-    ValueError,
-    KeyError,  # an unknown type of voxel in an MGZ header
-    TypeError,  # fewer voxels than the header says
-    OverflowError,
-    MemoryError,
-    ImportError,  # MINC 2 needs h5py
-)
 
 
 @dataclass(frozen=True)
@@ -137,7 +104,7 @@ def open_image(path: Path, /) -> SpatialImage:
     try:
         with np.errstate(over="ignore", invalid="ignore"):  # in the affine, which is checked later
             image = nib.load(path, mmap=False)
-    except UNREADABLE as error:
+    except files.UNREADABLE as error:
         if not path.exists():
             raise DataError(f"{path} does not exist: check the path.") from error
         raise DataError(f"{path} cannot be read as an image ({error}): it is damaged or of another format.") from error
@@ -153,17 +120,8 @@ def voxels(image: SpatialImage, path: Path, /, part: Any = (), *, labels: bool =
     ------
     DataError : see `load`.
     """
-    with damage_named(path), np.errstate(over="ignore", invalid="ignore"):  # what overflows is checked below
+    with files.damage_named(path), np.errstate(over="ignore", invalid="ignore"):  # what overflows is checked below
         return files.read(image, part, dtype=None if labels else np.float32)
-
-
-@contextmanager
-def damage_named(path: Path, /) -> Iterator[None]:
-    """Whatever reading voxels may raise as a sentence about the file."""
-    try:
-        yield
-    except UNREADABLE as error:
-        raise DataError(f"{path} cannot be read to its end ({error}): it is damaged, get it again.") from error
 
 
 def checked(

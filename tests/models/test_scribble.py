@@ -13,14 +13,17 @@ from onelabel.models.learners.scribble import membership
 UNTIL_END = {"ramp": (1.0, 1.0)}
 
 
-def test_off_the_scribbles_labels_are_not_there_to_be_read() -> None:
-    # Only what is drawn counts: with the teacher's terms off, a step is the same whatever network says elsewhere.
-    subject = learner("scribble", 1, **UNTIL_END)
+def test_the_partial_cross_entropy_is_that_of_the_scribbles_by_hand() -> None:
+    subject = learner("scribble", 1, network={"heads": 0}, **UNTIL_END)
     given = samples()
     few = torch.full_like(given.label, IGNORE)
     few[:, 8, 8], few[:, 2, 2] = given.label[:, 8, 8], given.label[:, 2, 2]
+    said = subject.logits(given.image).detach().log_softmax(1)
+    cost = [-said[i, few[i, x, y].long(), x, y, range(16)] for i in (0, 1) for x, y in ((8, 8), (2, 2))]
+    expected = sum(w * torch.cat(cost[2 * i : 2 * i + 2]).mean() for i, w in enumerate(given.weight)) / 2
     row = subject.step({"train": replace(given, label=few)}, Progress(0, 10))
-    assert row["loss"] == pytest.approx(row["partial"])
+    assert row["partial"] == pytest.approx(float(expected), rel=1e-5)
+    assert row["loss"] == pytest.approx(row["partial"])  # the teacher says nothing yet
 
 
 def test_before_the_first_step_teacher_and_student_say_the_same() -> None:
