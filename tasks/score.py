@@ -25,7 +25,7 @@ from onelabel.configs.schema import (
 )
 from onelabel.configs.streams import PseudoLabelConfig
 from onelabel.errors import SCAN_FAULTS, StorageError
-from onelabel.imaging import metrics, outputs, random, synthesis, volume
+from onelabel.imaging import metrics, outputs, places, random, synthesis, volume
 from onelabel.imaging.classes import load_target
 from onelabel.imaging.labels import read_probability
 from onelabel.imaging.random import derive
@@ -233,7 +233,8 @@ class Scorer:
         if row["probe"] >= 0:
             return self._probe(row["probe"])
         try:
-            return self._score(row["key"], row["image"], row["label"], aside=row["aside"])
+            with places.fetched(row["image"]) as image:
+                return self._score(row["key"], str(image), row["label"], aside=row["aside"])
         except SCAN_FAULTS:
             self.task.out.exists()  # raises if it is the storage that does not answer, and not one scan
             raise
