@@ -75,7 +75,8 @@ def onelabel(*arguments: object) -> list[str]:
 
 def training(scans: StorePath, storage: StorePath, *more: str) -> list[str]:
     data = [f"data.{group}={scans / group}.csv" for group in GROUPS]
-    return onelabel("run", *SETTINGS, *data, f"storage={storage}", *more)
+    # a store that is gone does not come back: no second try
+    return onelabel("run", *SETTINGS, *data, f"storage={storage}", "compute.max_failures=0", *more)
 
 
 def done(command: list[str], here: Path) -> Ended:
