@@ -21,9 +21,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/onelabel demo
 
-# three at a time on two cores: tests that start Ray wait a third of their time; a file's tests share what they start
+# two at a time: tests that start Ray wait for processes to begin; a file's tests share what they start
 test: setup
-	@$(BIN)/python -m pytest -q -rs -n 3 --dist loadfile
+	@$(BIN)/python -m pytest -q -rs -n 2 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .

@@ -105,15 +105,12 @@ def _is_cut(
     """Whether a mask (*native) reaches an end of the grid on which it was seen (*size) where the scan goes on."""
     to_native = np.linalg.inv(affine) @ seen_affine
     for axis, last in product(range(3), (False, True)):
-        face = np.zeros_like(seen)
-        end = tuple(slice(None) if other != axis else -1 if last else 0 for other in range(3))
-        face[end] = seen[end]
-        ends = np.argwhere(face)
+        place = seen.shape[axis] - 1 if last else 0
+        ends = np.insert(np.argwhere(seen.take(place, axis)), axis, place, axis=1)
         beyond = ends + np.eye(3, dtype=int)[axis] * (1 if last else -1)
         at, outside = (np.rint(nib.affines.apply_affine(to_native, places)).astype(int) for places in (ends, beyond))
         held = [((0 <= places) & (places < mask.shape)).all(1) for places in (at, outside)]
-        both = at[held[0] & held[1]]
-        if mask[tuple(both.T)].any():
+        if mask[tuple(at[held[0] & held[1]].T)].any():
             return True
     return False
 
