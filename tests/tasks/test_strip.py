@@ -13,7 +13,7 @@ from onelabel.errors import CheckpointError, ClusterError, ConfigError, DataErro
 from onelabel.imaging.places import HIDDEN
 from onelabel.tasks.strip import strip
 from onelabel.tasks.strip_record import TABLE
-from onelabel.tasks.strip_worker import SCHEMA, Settings
+from onelabel.tasks.strip_worker import CUT, SCHEMA, Settings
 
 SHAPE = (12, 14, 10)
 
@@ -182,6 +182,17 @@ def test_a_grid_that_does_not_fit_the_network_is_named(
     scan = str(write_scan(tmp_path / "head.nii.gz"))
     with pytest.raises(CheckpointError, match="has a grid .* that its network cannot use"):
         strip([scan], out=tmp_path / "out", checkpoint=broken)
+
+
+def test_a_mask_that_the_networks_view_cuts_off_is_flagged(
+    trained: Path, tmp_path: Path, write_scan: WriteScan
+) -> None:
+    for name, shape in (("whole", (12, 14, 10)), ("beyond", (60, 60, 60))):
+        write_scan(tmp_path / "in" / f"{name}.nii.gz", shape=shape)
+    strip([str(tmp_path / "in")], out=tmp_path / "out", checkpoint=trained)
+    beyond, whole = table(tmp_path / "out")
+    assert CUT in beyond["flags"] and beyond["flag"]
+    assert CUT not in whole["flags"]
 
 
 @pytest.mark.parametrize("border", [float("nan"), float("inf")])
