@@ -51,9 +51,7 @@ class Cohort:
                 raise DataError(f"A cohort has the columns {self.table.column_names}: '{field.name}' is missing.")
             if self.table.schema.field(field.name).type != field.type:
                 raise DataError(f"The cohort's column '{field.name}' must be of type {field.type}.")
-        double = [key for key, count in Counter(self.table["key"].to_pylist()).items() if count > 1]
-        if double:
-            raise DataError(f"{some(double)} stand in more than one row: each scan needs a key of its own.")
+        _check_keys(self.table["key"].to_pylist())
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -100,9 +98,23 @@ def open_cohort(
     where: Mapping[str, str | Sequence[str]] | None = None,
     label_column: str | None = None,
     require_labels: bool = False,
-    labels: bool = True,
 ) -> Cohort:
-    """Find the scans that a source names.
+    """The scans that a source names, and their labels: see `find_scans`."""
+    rows = find_scans(source, where=where, label_column=label_column, require_labels=require_labels)
+    scored = {name: kind for name, kind in SCORED.items() if any(name in row for row in rows)}
+    return Cohort(pa.Table.from_pylist(rows, schema=pa.schema([*SCHEMA, *map(pa.field, scored, scored.values())])))
+
+
+def find_scans(
+    source: str | Path,
+    /,
+    *,
+    where: Mapping[str, str | Sequence[str]] | None = None,
+    label_column: str | None = None,
+    require_labels: bool = False,
+    labels: bool = True,
+) -> list[Row]:
+    """Find the scans that a source names: rows with the columns of a cohort.
 
     Parameters
     ----------
@@ -146,11 +158,8 @@ def open_cohort(
     _fill_keys(rows)
     if require_labels:
         _check_labels(rows, path)
-    present = pa.schema([*SCHEMA, *(pa.field(name, kind) for name, kind in SCORED.items() if name in columns)])
-    try:
-        return Cohort(pa.Table.from_pylist(rows, schema=present))
-    except UnicodeEncodeError as error:
-        raise DataError(f"{ascii(error.object)} is no text in UTF-8: rename the file.") from None
+    _check_names(rows)
+    return rows
 
 
 def _find(source: str, *, any_type: bool, labels: bool) -> tuple[AnyPath, AnyPath, list[Row]]:
@@ -179,7 +188,7 @@ def _normalised(row: Row, image_column: str | None, label_column: str | None, fo
     if kind not in KINDS:
         raise DataError(f"'{image}' is of kind '{kind}': it must be one of {', '.join(KINDS)}.")
     return {
-        **{name: row.get(name) for name in SCORED},
+        **{name: row[name] for name in SCORED if name in row},
         "weight": 1.0,
         **numbers,
         "key": row.get("key"),
@@ -220,6 +229,22 @@ def _path(row: Row) -> Path:
     """The image's absolute path, or what looks like one for a URI."""
     image: str = row["image"]
     return Path("/", image.partition(":")[0], places.path_in(image)) if places.is_uri(image) else Path(image)
+
+
+def _check_names(rows: Sequence[Row]) -> None:
+    _check_keys([row["key"] for row in rows])
+    for row in rows:
+        for name in filter(None, (row["key"], row["image"], row["label"])):
+            try:
+                name.encode()
+            except UnicodeEncodeError:
+                raise DataError(f"{ascii(name)} is no text in UTF-8: rename the file.") from None
+
+
+def _check_keys(keys: Sequence[str]) -> None:
+    double = [key for key, count in Counter(keys).items() if count > 1]
+    if double:
+        raise DataError(f"{some(double)} stand in more than one row: each scan needs a key of its own.")
 
 
 def _check_labels(rows: Sequence[Row], path: AnyPath) -> None:

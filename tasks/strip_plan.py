@@ -12,7 +12,7 @@ from onelabel.errors import DataError
 from onelabel.imaging import places
 from onelabel.imaging.places import Folder
 from onelabel.tasks import remote
-from onelabel.tasks.cohort import open_cohort
+from onelabel.tasks.cohort import find_scans
 from onelabel.tasks.sources import stem_of
 
 Where = Mapping[str, str | Sequence[str]]
@@ -124,7 +124,7 @@ def stem(path: PurePath, /) -> str:
 
 def _on_disk(source: str, where: Where | None) -> list[_Found]:
     root = Path(os.path.abspath(Path(source).expanduser()))
-    rows = open_cohort(source, where=where, labels=False).rows()
+    rows = find_scans(source, where=where, labels=False)
     bids = _is_bids(str(root))
     return [_Found(row["key"], row["image"], _inside(row["image"], root), bids) for row in rows]
 

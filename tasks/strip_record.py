@@ -22,6 +22,7 @@ from onelabel.imaging import metrics, places
 from onelabel.imaging.places import HIDDEN, Folder
 from onelabel.tasks.strip_plan import Job
 from onelabel.tasks.strip_worker import SCHEMA, UNLIKE, Row, doubtful
+from onelabel.tasks.tables import from_rows
 
 TABLE = "strip.parquet"
 PART_ROWS = 64
@@ -186,12 +187,10 @@ class Record:
         """The rows that are the last of their images, a few at a time."""
         for source in self._sources():
             for begin, batch in self._batches(source, None):
-                places_of = enumerate(batch["image"].to_pylist(), begin)
-                rows = batch.filter(
-                    pa.array([last.get(image) == (source, place) for place, image in places_of], pa.bool_())
-                )
-                if rows.num_rows:
-                    yield rows
+                images = enumerate(batch["image"].to_pylist())
+                kept = [batch.slice(at, 1) for at, image in images if last.get(image) == (source, begin + at)]
+                if kept:
+                    yield pa.concat_tables(kept)
 
     def _is_listed(self, job: Job) -> bool:
         row = self._done.get(job.image)
@@ -241,7 +240,7 @@ class Record:
 
     def _write(self, rows: list[Row]) -> None:
         with self.out.writing(f"{_PARTS}-{self._number:08d}-{self._suffix}") as file:
-            pq.write_table(pa.Table.from_pylist(rows, SCHEMA.with_metadata(self._metadata())), file)
+            pq.write_table(from_rows(rows, SCHEMA).replace_schema_metadata(self._metadata()), file)
 
     def _metadata(self) -> dict[bytes, bytes]:
         return {_MADE: json.dumps(self.made).encode()}
@@ -290,8 +289,8 @@ def _compared(rows: pa.Table, middle: float, far: float) -> pa.Table:
             words.append(f"{UNLIKE} {middle:.0f} ml")
         if row["error"] is None:
             row |= {"flags": "; ".join(words), "flag": doubtful(words)}
-    for name in ("flags", "flag"):
-        column = pa.array([row[name] for row in found], SCHEMA.field(name).type)
+    judged = from_rows(found, pa.schema([SCHEMA.field(name) for name in ("flags", "flag")]))
+    for name, column in zip(judged.column_names, judged.columns, strict=True):
         rows = rows.set_column(rows.column_names.index(name), SCHEMA.field(name), column)
     return rows
 
