@@ -1,5 +1,7 @@
+import logging
 import os
 import random
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,6 +32,25 @@ def seeds() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def console(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
+    """The console script in this process; returns its exit code."""
+    from onelabel.orchestrator import cli
+
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), logging.getLogger("onelabel").level
+
+    def call(*words: str | Path) -> int:
+        monkeypatch.setattr(sys, "argv", ["onelabel", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return int(ended.value.code or 0)
+
+    yield call
+    root.handlers = handlers
+    logging.getLogger("onelabel").setLevel(level)
+
+
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """One local Ray cluster of two CPUs for the whole session."""
@@ -55,8 +76,6 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Head"]:
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[dict[str, str]]:
     """An S3 server on this machine: the environment that leads to it."""
-    import logging
-
     from moto.server import ThreadedMotoServer
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)

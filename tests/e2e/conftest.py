@@ -68,12 +68,22 @@ Command = Callable[..., list[str]]
 
 
 @pytest.fixture(scope="session")
-def command(heads: Path) -> Command:
-    """The shell command of a run over the phantom heads in a storage folder, with more settings."""
+def asked(heads: Path) -> Command:
+    """What to ask for: a run over the phantom heads in a storage folder, with more settings."""
 
     def build(storage: Path, *more: str) -> list[str]:
         data = [f"data.{group}={heads / group}.csv" for group in ("labelled", "unlabelled", "test")]
-        return [sys.executable, "-m", "onelabel.orchestrator", "run", *SETTINGS, *data, f"storage={storage}", *more]
+        return [*SETTINGS, *data, f"storage={storage}", *more]
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def command(asked: Command) -> Command:
+    """The shell command that asks for it."""
+
+    def build(storage: Path, *more: str) -> list[str]:
+        return [sys.executable, "-m", "onelabel.orchestrator", "run", *asked(storage, *more)]
 
     return build
 

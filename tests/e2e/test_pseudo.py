@@ -1,6 +1,5 @@
 """Self-training on probabilities: several networks and views, projected, read softly or with an ignored rim."""
 
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +7,9 @@ import nibabel as nib
 import numpy as np
 import pyarrow.parquet as pq
 import torch
+
+from onelabel.configs.load import load
+from onelabel.orchestrator import driver
 
 Command = Callable[..., list[str]]
 PSEUDO = "{views: {passes: 2}, rounds: 2, project: true}"
@@ -18,10 +20,9 @@ SETTINGS = [
 ]
 
 
-def test_a_run_learns_from_probabilities_and_resumes(command: Command, tmp_path: Path) -> None:
-    run = tmp_path / "singlestrip"
-    process = subprocess.run(command(tmp_path, *SETTINGS), capture_output=True, text=True, check=False, timeout=1200)
-    assert process.returncode == 1, process.stderr[-3000:]  # one scan is broken
+def test_a_run_learns_from_probabilities_and_resumes(ray_cluster: None, asked: Command, tmp_path: Path) -> None:
+    config = load(asked(tmp_path, *SETTINGS))
+    run = driver.run(config).folder
     tables = [pq.read_table(run / f"round-0{number}" / "scores.parquet") for number in range(2)]
     for row in [row for table in tables for row in table.to_pylist()]:
         assert (row["probability"] is None) == (row["key"] == "broken")
@@ -35,8 +36,7 @@ def test_a_run_learns_from_probabilities_and_resumes(command: Command, tmp_path:
     weights = torch.load(last / "checkpoint/weights.pt", weights_only=True)
     for name in ("done", "scores.parquet", "selection.parquet", *(f"probabilities/{name}" for name in before)):
         (last / name).unlink()
-    again = subprocess.run(command(tmp_path, *SETTINGS), capture_output=True, text=True, check=False, timeout=1200)
-    assert again.returncode == 1, again.stderr[-3000:]
+    assert driver.run(config).failures == 1  # one scan is broken
     assert (last / "done").is_file()
     timed = ("predict_cpu_s", "rank_cpu_s")
     assert pq.read_table(last / "scores.parquet").drop_columns(timed).equals(tables[1].drop_columns(timed))

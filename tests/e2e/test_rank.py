@@ -1,13 +1,15 @@
 """Masks of another tool, judged by what one labelled scan and a trained run teach."""
 
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pyarrow.parquet as pq
+import pytest
 
+Console, Captured = Callable[..., int], pytest.CaptureFixture[str]
 Finished = tuple[Path, subprocess.CompletedProcess[str]]
 
 
@@ -30,26 +32,18 @@ def other_tool(heads: Path, folder: Path) -> tuple[Path, Path]:
     return masks, scans
 
 
-def test_bad_masks_of_another_tool_come_last(finished: Finished, heads: Path, tmp_path: Path) -> None:
+def test_bad_masks_of_another_tool_come_last(
+    ray_cluster: None, finished: Finished, console: Console, heads: Path, tmp_path: Path, capsys: Captured
+) -> None:
     run, _ = finished
     masks, scans = other_tool(heads, tmp_path)
     out = tmp_path / "trust.parquet"
-    command = [sys.executable, "-m", "onelabel.orchestrator", "rank", str(masks), "--out", str(out)]
-    command += ["--image", str(heads / "head0.nii.gz"), "--mask", str(heads / "head0_mask.nii.gz")]
-    command += [
-        "--images",
-        str(scans),
-        "--checkpoint",
-        str(run),
-        "--set",
-        "smoke",
-        "--set",
-        "stages.0.expect.images=60",
-    ]
-    command += ["--set", "stages.0.ranker.steps=80", "--set", "network.channels=[8, 16]"]
-    process = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert process.returncode == 0, process.stderr[-3000:]
-    assert "5 masks" in process.stdout
+    words = ["rank", masks, "--images", scans, "--checkpoint", run, "--out", out]
+    words += ["--image", heads / "head0.nii.gz", "--mask", heads / "head0_mask.nii.gz"]
+    for setting in ("smoke", "stages.0.expect.images=60", "stages.0.ranker.steps=80", "network.channels=[8, 16]"):
+        words += ["--set", setting]
+    assert console(*words) == 0
+    assert "5 masks" in capsys.readouterr().out
     rows = {row["key"]: row for row in pq.read_table(out).to_pylist()}
     assert list(rows)[-1] == "head5" and rows["head5"]["flags"] == "empty" and rows["head5"]["flag"]
     good, bad = ([rows[f"head{n}"]["score_posterior"] for n in part] for part in ((1, 2), (3, 4)))
@@ -59,31 +53,23 @@ def test_bad_masks_of_another_tool_come_last(finished: Finished, heads: Path, tm
     assert min(expected[1], expected[2]) >= expected[3] > 0 and min(expected[1], expected[2]) > expected[4]
     fitted = next((tmp_path / "trust.rank" / "rankers").iterdir()) / "weights.pt"
     before = fitted.stat().st_mtime_ns
-    again = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert again.returncode == 0 and fitted.stat().st_mtime_ns == before
+    assert console(*words) == 0 and fitted.stat().st_mtime_ns == before
     assert {row["key"]: row for row in pq.read_table(out).to_pylist()} == rows
 
 
-def test_a_run_leaves_what_strip_needs_to_say_whom_to_trust(finished: Finished, heads: Path, tmp_path: Path) -> None:
+def test_a_run_leaves_what_strip_needs_to_say_whom_to_trust(
+    finished: Finished, console: Console, heads: Path, tmp_path: Path
+) -> None:
     run, _ = finished
     scores = pq.read_table(run / "round-01" / "scores.parquet").to_pylist()
     for row in scores:
         assert (row["expected_dice"] is None) == (row["error"] is not None)
-    command = [
-        sys.executable,
-        "-m",
-        "onelabel.orchestrator",
-        "strip",
-        str(heads / "head1.nii.gz"),
-        "--out",
-        str(tmp_path),
-    ]
-    subprocess.run([*command, "--checkpoint", str(run)], check=True, capture_output=True)
+    words = ("strip", heads / "head1.nii.gz", "--out", tmp_path, "--checkpoint", run)
+    assert console(*words) == 0
     (row,) = pq.read_table(tmp_path / "strip.parquet").to_pylist()
     (known,) = [score for score in scores if score["key"] == "head1"]
     for name in ("expected_dice", "expected_low", "expected_high"):
         assert abs(row[name] - known[name]) < 1e-5
     assert row["flag"] == known["flag"]
-    again = [*command, "--checkpoint", str(run), "--no-trust", "--overwrite"]
-    subprocess.run(again, check=True, capture_output=True)
+    assert console(*words, "--no-trust", "--overwrite") == 0
     assert pq.read_table(tmp_path / "strip.parquet")["expected_dice"].to_pylist() == [None]

@@ -1,5 +1,6 @@
 """A run that lies in an object store, scans included: cut off from its store, gone on with, used."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from onelabel.imaging.storage import StorePath, path_of
 pytestmark = pytest.mark.e2e
 
 GROUPS = ("labelled", "unlabelled", "test")
-Ended = subprocess.CompletedProcess[str]
+Ended, Console = subprocess.CompletedProcess[str], Callable[..., int]
 
 
 class Shop:
@@ -42,6 +43,7 @@ class Shop:
 
 @pytest.fixture(scope="module")
 def shop() -> Iterator[Shop]:
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
     shop = Shop()
     settings = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{shop.port}", "AWS_EC2_METADATA_DISABLED": "true"}
     with pytest.MonkeyPatch.context() as patch:
@@ -69,14 +71,10 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("here")
 
 
-def onelabel(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "onelabel.orchestrator", *map(str, arguments)]
-
-
-def training(scans: StorePath, storage: StorePath, *more: str) -> list[str]:
+def asked(scans: StorePath, storage: StorePath | str) -> list[str]:
     data = [f"data.{group}={scans / group}.csv" for group in GROUPS]
     # a store that is gone does not come back: no second try
-    return onelabel("run", *SETTINGS, *data, f"storage={storage}", "compute.max_failures=0", *more)
+    return ["run", *SETTINGS, *data, f"storage={storage}", "compute.max_failures=0"]
 
 
 def done(command: list[str], here: Path) -> Ended:
@@ -103,7 +101,7 @@ def checkpoints(run: StorePath, number: int) -> bool:
 def resumed(shop: Shop, scans: StorePath, here: Path) -> tuple[StorePath, Ended]:
     """A run cut off from its store in its second training, then gone on with."""
     storage = scans.parent / "runs"
-    run, command = storage / "singlestrip", training(scans, storage)
+    run, command = storage / "singlestrip", [sys.executable, "-m", "onelabel.orchestrator", *asked(scans, storage)]
     process = begun(command, here)
     wait_for(lambda: checkpoints(run, 1), process)
     shop.close()
@@ -139,23 +137,26 @@ def test_its_record_lies_here_with_a_copy_there(resumed: tuple[StorePath, Ended]
 
 
 def test_other_commands_take_the_run(
-    resumed: tuple[StorePath, Ended], scans: StorePath, here: Path, tmp_path: Path
+    resumed: tuple[StorePath, Ended],
+    scans: StorePath,
+    here: Path,
+    console: Console,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run, _ = resumed
-    shown = done(onelabel("status", run), here)
-    assert shown.returncode == 0 and shown.stdout.count("done") == 2, shown.stderr[-3000:]
-    reported = done(onelabel("report", run, "--out", tmp_path / "page.html"), tmp_path)  # where no record lies
-    assert reported.returncode == 0, reported.stderr[-3000:]
+    monkeypatch.chdir(here)
+    assert console("status", run) == 0
+    assert capsys.readouterr().out.count("done") == 2
+    monkeypatch.chdir(tmp_path)  # where no record lies
+    assert console("report", run, "--out", tmp_path / "page.html") == 0
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "2 of 2" in page and "Training of the network" in page and "cannot be shown" not in page
     out = scans.parent / "stripped"
-    stripped = done(onelabel("strip", scans / "head1.nii.gz", "--checkpoint", run, "--out", out), here)
-    assert stripped.returncode == 0, stripped.stderr[-3000:]
-    table = tmp_path / "agreement.csv"
-    judged = done(onelabel("evaluate", out / "head1_mask.nii.gz", scans / "head1_mask.nii.gz", "--out", table), here)
-    assert judged.returncode == 0, judged.stderr[-3000:]
-    judged = done(onelabel("evaluate", run / "round-01/masks", scans, "--out", table), here)
-    assert judged.returncode == 0, judged.stderr[-3000:]
+    assert console("strip", scans / "head1.nii.gz", "--checkpoint", run, "--out", out) == 0
+    for masks, truth in ((out / "head1_mask.nii.gz", scans / "head1_mask.nii.gz"), (run / "round-01/masks", scans)):
+        assert console("evaluate", masks, truth, "--out", tmp_path / "agreement.csv") == 0
 
 
 def test_a_store_that_goes_is_one_sentence(resumed: tuple[StorePath, Ended], here: Path) -> None:
@@ -167,8 +168,9 @@ def test_a_store_that_goes_is_one_sentence(resumed: tuple[StorePath, Ended], her
     ("storage", "problem"),
     [("s3://no-such-bucket/runs", "NO_SUCH_BUCKET"), ("s3://KEY:secret@lab/runs", "password"), ("s4://lab", "s4")],
 )
-def test_storage_that_cannot_be_is_refused_at_once(storage: str, problem: str, scans: StorePath, here: Path) -> None:
-    data = [f"data.{group}={scans / group}.csv" for group in GROUPS]
-    refused = done(onelabel("run", *SETTINGS, *data, f"storage={storage}"), here)
-    assert refused.returncode == 2 and problem in refused.stderr, refused.stderr[-3000:]
-    assert len(refused.stderr.strip().splitlines()) == 1 and "secret" not in refused.stderr
+def test_storage_that_cannot_be_is_refused_at_once(
+    storage: str, problem: str, scans: StorePath, console: Console, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert console(*asked(scans, storage)) == 2
+    said = capsys.readouterr().err
+    assert problem in said and "secret" not in said and len(said.strip().splitlines()) == 1, said
