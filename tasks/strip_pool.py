@@ -4,6 +4,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from typing import Any
 
 import pyarrow as pa
 import ray
@@ -58,10 +59,28 @@ def over_ray(
 def _window(
     jobs: Sequence[Job], checkpoint: AnyPath | None, settings: Settings, out: Folder, /, *, workers: int, memory: float
 ) -> Iterator[Row]:
+    """Try all, then what died once more, when no scan waits behind another that may end its worker."""
+    missing = {job.image: job for job in jobs}
+    for at_a_time in (2, 1):
+        made = {"checkpoint": checkpoint, "settings": settings, "out": out}
+        left = list(missing.values())
+        for row in _tried(left, made, workers=workers, memory=memory, at_a_time=at_a_time) if left else ():
+            del missing[row["image"]]
+            yield row
+    for job in missing.values():
+        lost = {"key": job.key, "image": job.image, "error_class": LOST, "error": _LOST_SENTENCE}
+        yield dict.fromkeys(SCHEMA.names) | lost
+
+
+def _tried(
+    jobs: Sequence[Job], made: dict[str, Any], /, *, workers: int, memory: float, at_a_time: int
+) -> Iterator[Row]:
+    """The rows of scans whose worker did not die; each worker is given several, so that it need not wait for more."""
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # we say ourselves what failed
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.max_errored_blocks = -1  # a scan that kills its worker stops no other
+    settings: Settings = made["settings"]
     with warnings.catch_warnings():
         # There is no other way yet to say how often a task is tried again.
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -69,25 +88,18 @@ def _window(
             Worker,
             batch_size=1,
             batch_format="pyarrow",
-            # A scan that waits in the queue of an actor that dies would count as tried.
-            compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1),
+            compute=ray.data.ActorPoolStrategy(size=min(workers, len(jobs)), max_tasks_in_flight_per_actor=at_a_time),
             num_cpus=settings.threads or 1,
             num_gpus=1 if settings.device == "cuda" else None,
             memory=memory,
             max_restarts=-1,
-            max_task_retries=1,
-            fn_constructor_kwargs={"checkpoint": checkpoint, "settings": settings, "out": out},
+            max_task_retries=0,
+            fn_constructor_kwargs=made,
         )
-    missing = {job.image: job for job in jobs}
     batch: pa.Table
     try:
         for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-            for row in batch.to_pylist():
-                del missing[row["image"]]
-                yield row
+            yield from batch.to_pylist()
     except ray.exceptions.RayError as error:
         reason = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), "")
         raise ClusterError(f"the cluster failed ({reason}): the same command goes on from here") from error
-    for job in missing.values():
-        lost = {"key": job.key, "image": job.image, "error_class": LOST, "error": _LOST_SENTENCE}
-        yield dict.fromkeys(SCHEMA.names) | lost
