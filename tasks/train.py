@@ -194,7 +194,7 @@ class _Listening:
                         return
                     if show is None and time.monotonic() - told > _TELLING_S:
                         told = time.monotonic()
-                        log.info("training has not begun yet: %s", _free())
+                        log.info("no step of training yet: it is starting, or waits for resources (%s)", _free())
                     continue
                 if show is None:
                     self.begun()
