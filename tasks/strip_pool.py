@@ -61,8 +61,8 @@ def _window(
 ) -> Iterator[Row]:
     """Try all, then what died once more, when no scan waits behind another that may end its worker."""
     missing = {job.image: job for job in jobs}
+    made = {"checkpoint": checkpoint, "settings": settings, "out": out}
     for at_a_time in (2, 1):
-        made = {"checkpoint": checkpoint, "settings": settings, "out": out}
         left = list(missing.values())
         for row in _tried(left, made, workers=workers, memory=memory, at_a_time=at_a_time) if left else ():
             del missing[row["image"]]
