@@ -21,9 +21,10 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/onelabel demo
 
-# two at a time: tests that start Ray wait for processes to begin; a file's tests share what they start
+# two at a time: tests that start Ray wait for processes to begin; a file's tests share what they start; in the order
+# of folders: by their number of tests those that take minutes would come last, and one process wait for the other
 test: setup
-	@$(BIN)/python -m pytest -q -rs -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -q -rs -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	$(BIN)/ruff check .

@@ -30,7 +30,7 @@ DPI = 150
 TILE_DPI = 110  # of a tile by itself, of which a page holds many
 MARGIN_MM = 25  # shown around the mask: enough to see the skull
 GAP_MM = 4  # between the views of a tile
-KEY_LENGTH = 24  # characters
+KEY_LENGTH = 17  # characters: what a tile has room for
 SHOWN = 4  # of the best scans, and of the worst
 
 
@@ -196,7 +196,7 @@ def _words(row: Row) -> list[Words]:
         for name, colour in (("score", MASK), ("Dice", TRUTH))
         if _finite(row.get(name.lower()))
     ]
-    return [(_short(row["key"]), FAINT, 9, "normal"), *figures]
+    return [(_short(row["key"]), FAINT, 8, "normal"), *figures]
 
 
 def _draw_planes(axes: Axes, views: Sequence[_View], words: Sequence[Words]) -> None:

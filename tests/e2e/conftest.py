@@ -20,7 +20,7 @@ KINDS = ("structures", "scribbles")  # of labels beside masks: folders, and colu
 UNKNOWN = 255  # what no scribble touches
 SETTINGS = [
     *("singlestrip", "stages.*.ranker={type: autoencoder}", "smoke"),
-    *("stages.1.rounds=1", "stages.*.steps=40", "stages.*.ranker.steps=80"),
+    *("stages.1.rounds=1", "stages.0.steps=40", "stages.1.steps=20", "stages.*.ranker.steps=40"),
     *("compute.checkpoint_every_s=0", "tracking.every=5"),
 ]
 

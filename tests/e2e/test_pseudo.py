@@ -14,7 +14,7 @@ from onelabel.orchestrator import driver
 Command = Callable[..., list[str]]
 PSEUDO = "{views: {passes: 2}, rounds: 2, project: true}"
 SETTINGS = [
-    *("stages.*.steps=30", "stages.*.ranker.network.dropout=0", "stages.*.ranker.learner.learning_rate=5.0e-3"),
+    *("stages.*.steps=10", "stages.*.ranker.network.dropout=0", "stages.*.ranker.learner.learning_rate=5.0e-3"),
     *(f"stages.0.pseudo={PSEUDO}", f"stages.1.pseudo={PSEUDO}", "stages.*.expect.images=0"),
     *("stages.1.streams.train.1.soft=true", "stages.1.streams.train.2.ignore=[0.2, 0.8]"),
 ]

@@ -48,7 +48,7 @@ def test_bad_masks_of_another_tool_come_last(
     assert list(rows)[-1] == "head5" and rows["head5"]["flags"] == "empty" and rows["head5"]["flag"]
     good, bad = ([rows[f"head{n}"]["score_posterior"] for n in part] for part in ((1, 2), (3, 4)))
     assert min(good) > max(bad)
-    # Forty steps of training tell a mask that is cut from a whole one; what is shifted may be expected to be as good.
+    # Sixty steps of training tell a mask that is cut from a whole one; what is shifted may be expected to be as good.
     expected = {n: rows[f"head{n}"]["expected_dice"] for n in (1, 2, 3, 4)}
     assert min(expected[1], expected[2]) >= expected[3] > 0 and min(expected[1], expected[2]) > expected[4]
     fitted = next((tmp_path / "trust.rank" / "rankers").iterdir()) / "weights.pt"
