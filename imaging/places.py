@@ -116,6 +116,21 @@ def times(names: Sequence[str], /) -> list[int | None]:
     return [info.mtime_ns if info.type == fs.FileType.File else None for info in _look(names)]
 
 
+def scan_times(names: Sequence[str], /) -> list[int | None]:
+    """When scans were last changed, ns: of a pair such as .hdr and .img the later one; None where a scan is not."""
+    latest = times(names)
+    partners = [
+        (place, name.removesuffix(own) + ending)
+        for place, name in enumerate(names)
+        for own in [PurePosixPath(name).suffix]
+        for ending in _PARTNERS.get(own, ())
+    ]
+    for (place, _), changed in zip(partners, times([name for _, name in partners]), strict=True):
+        now = latest[place]
+        latest[place] = None if now is None else max(now, changed or 0)
+    return latest
+
+
 @dataclass(frozen=True)
 class Folder:
     """A folder of results: an absolute path, or a URI."""

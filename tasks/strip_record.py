@@ -103,7 +103,7 @@ class Record:
                     " output folder, or --overwrite"
                 )
         listed = [job for job in jobs if self._is_listed(job)]
-        scanned = places.times([job.image for job in listed])
+        scanned = places.scan_times([job.image for job in listed])
         names = [(place, self.out.path(name)) for place, job in enumerate(listed) for name in job.results]
         oldest: dict[int, float] = {}
         for (place, _), written in zip(names, places.times([name for _, name in names]), strict=True):

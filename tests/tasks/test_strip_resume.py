@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from stripped import files, other_network, table
@@ -47,6 +49,17 @@ def test_the_same_command_does_only_what_is_missing(trained: Path, tmp_path: Pat
     }
     assert [row["key"] for row in table(out)] == list("01234")
     assert strip([str(scans)], out=out, checkpoint=trained).kept == 5
+
+
+def test_of_a_pair_both_files_count(trained: Path, tmp_path: Path, write_scan: WriteScan) -> None:
+    image = nib.load(write_scan(tmp_path / "whole.nii"))
+    pair, out = tmp_path / "pair.hdr", tmp_path / "out"
+    nib.save(nib.Nifti1Pair(np.asarray(image.dataobj), image.affine), pair)
+    assert strip([str(pair)], out=out, checkpoint=trained).stripped == 1
+    assert strip([str(pair)], out=out, checkpoint=trained).kept == 1
+    later = (out / "pair_mask.nii.gz").stat().st_mtime_ns + 1_000_000_000
+    os.utime(pair.with_suffix(".img"), ns=(later, later))
+    assert strip([str(pair)], out=out, checkpoint=trained).stripped == 1
 
 
 def test_a_folder_lists_all_that_was_stripped_into_it(trained: Path, tmp_path: Path, scans: Path) -> None:
