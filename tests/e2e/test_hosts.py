@@ -15,7 +15,13 @@ from pyarrow import fs
 
 from onelabel.imaging.storage import StorePath, path_of
 
-pytestmark = pytest.mark.e2e
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.skipif(
+        "ONELABEL_HOSTS" not in os.environ,
+        reason="three hosts on one machine take ten minutes: set ONELABEL_HOSTS=1",
+    ),
+]
 
 GROUPS = ("labelled", "unlabelled", "test")
 CLI = (sys.executable, "-m", "onelabel.orchestrator")
@@ -23,8 +29,6 @@ CLI = (sys.executable, "-m", "onelabel.orchestrator")
 
 @pytest.fixture(scope="module")
 def bridge() -> Iterator[Net]:
-    if "ONELABEL_HOSTS" not in os.environ:
-        pytest.skip("three hosts on one machine take ten minutes: set ONELABEL_HOSTS=1")
     try:
         with net() as bridge:
             yield bridge
